@@ -1,0 +1,24 @@
+"""The two checks that every op's `sizes` makes on its tensors; they run on every call."""
+
+from __future__ import annotations
+
+from torch import Tensor, dtype
+
+from hwfuse._errors import InputError
+
+
+def check(name: str, tensor: Tensor, ndim: int, dtypes: tuple[dtype, ...]) -> None:
+    """Raise `InputError` unless *tensor* has *ndim* dimensions, one of *dtypes*, unit last stride."""
+    if tensor.ndim != ndim:
+        raise InputError(f"{name}.shape", tuple(tensor.shape), f"{ndim} dimensions")
+    if tensor.dtype not in dtypes:
+        raise InputError(f"{name}.dtype", tensor.dtype, " or ".join(map(str, dtypes)))
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        found = f"{tensor.stride(-1)} (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
+        raise InputError(f"{name}.stride(-1)", found, "1: elements of a row side by side")
+
+
+def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise `InputError` unless both tensors lie on one device."""
+    if tensor.device != other.device:
+        raise InputError(f"{name}.device", tensor.device, f"{other.device}, as {other_name}")

@@ -1,0 +1,174 @@
+"""Facts: checkable statements about a call, written as text and parsed here, once.
+
+The same language serves the ``facts`` of an implementation and the ``when`` of a policy rule::
+
+    m <= 64
+    x.dtype in (bfloat16, float16)
+    arch == sm90
+    aligned(x, 16)
+
+Names are the op's arguments, its sizes, and ``arch`` and ``vendor``.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+
+from hwfuse import layouts
+from hwfuse._errors import suggestion
+
+DTYPES: dict[str, torch.dtype] = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+_ARCH = re.compile(r"sm\d+[af]?|gfx\w+|cpu")
+_ATTRIBUTES = {"dtype", "ndim", "shape", "requires_grad"}
+_METHODS = {"stride", "is_contiguous", "numel"}
+DEVICE_NAMES = frozenset({"arch", "vendor"})
+
+
+def aligned(tensor: torch.Tensor, size: int) -> bool:
+    """Tell whether the tensor's first element lies at a multiple of *size* bytes."""
+    return tensor.data_ptr() % size == 0
+
+
+PREDICATES: dict[str, Any] = {"aligned": aligned, "matches": layouts.matches}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One parsed statement.  `names`: the arguments, sizes and device words it speaks of."""
+
+    source: str
+    names: frozenset[str]
+    tree: ast.expr = field(repr=False, compare=False)
+    code: CodeType = field(repr=False, compare=False)
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Evaluate on a call's values.  An exception here is a bug and is not caught."""
+        return bool(_evaluate(self.code, values))
+
+    def reason(self, values: Mapping[str, Any]) -> str:
+        """Say why it does not hold: the statement and what was found."""
+        found = [f"{text} = {show(_evaluate(code, values))}" for text, code in _leaves(self.tree)]
+        return f"needs {self.source}; found {', '.join(found)}"
+
+
+@functools.cache
+def parse(source: str) -> Fact:
+    """Parse one fact; ValueError says what the language does not have."""
+    try:
+        tree = ast.parse(source, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{source!r} is not a fact: {error.msg}") from None
+    statement = tree.operand if isinstance(tree, ast.UnaryOp) else tree
+    is_predicate = isinstance(statement, ast.Call) and isinstance(statement.func, ast.Name)
+    is_method = isinstance(statement, ast.Call) and isinstance(statement.func, ast.Attribute)
+    if not (isinstance(statement, ast.Compare) or is_predicate or is_method):
+        raise ValueError(f"{source!r} is not a fact: needs a comparison, such as m <= 64")
+    names = frozenset(_check(tree, source))
+    return Fact(source, names, tree, _compile(tree))
+
+
+def check_names(fact: Fact, known: Iterable[str]) -> None:
+    """Raise ValueError for a name that is neither an argument, a size nor a device word."""
+    known = {*known, *DEVICE_NAMES}
+    for name in sorted(fact.names - known):
+        raise ValueError(f"{fact.source!r}: unknown name {name!r}{suggestion(name, known)}")
+
+
+def thresholds(fact: Fact) -> Iterator[tuple[str, int]]:
+    """Yield (size, number) for each ``size <compare> number``: where the parity harness looks."""
+    if isinstance(fact.tree, ast.Compare) and len(fact.tree.comparators) == 1:
+        left, right = fact.tree.left, fact.tree.comparators[0]
+        if isinstance(left, ast.Name) and isinstance(right, ast.Constant):
+            if isinstance(right.value, int):
+                yield left.id, right.value
+
+
+def _check(node: ast.expr, source: str) -> Iterator[str]:
+    """Yield the free names of an expression; refuse whatever the language does not have."""
+    match node:
+        case ast.Constant() | ast.Name(id="True" | "False" | "None"):
+            return
+        case ast.Name(id=name):
+            if name not in DTYPES and _ARCH.fullmatch(name) is None:
+                yield name
+        case ast.Compare(left=left, comparators=rest):
+            for child in (left, *rest):
+                yield from _check(child, source)
+        case ast.BinOp(left=left, right=right, op=ast.Add() | ast.Sub() | ast.Mult()) | ast.BinOp(
+            left=left, right=right, op=ast.Mod() | ast.FloorDiv()
+        ):
+            yield from _check(left, source)
+            yield from _check(right, source)
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=child):
+            yield from _check(child, source)
+        case ast.Tuple(elts=children) | ast.List(elts=children):
+            for child in children:
+                yield from _check(child, source)
+        case ast.Attribute(value=ast.Name() as value, attr=attribute) if attribute in _ATTRIBUTES:
+            yield from _check(value, source)
+        case ast.Subscript(value=ast.Attribute(attr="shape") as value, slice=ast.expr()):
+            yield from _check(value, source)
+        case ast.Call(func=ast.Attribute(value=ast.Name() as value, attr=method), keywords=[]) if (
+            method in _METHODS
+        ):
+            yield from _check(value, source)
+        case ast.Call(func=ast.Name(id=name), args=children, keywords=[]) if name in PREDICATES:
+            for child in children:
+                yield from _check(child, source)
+        case _:
+            text = ast.unparse(node)
+            raise ValueError(f"{source!r} is not a fact: {text!r} is not part of the language")
+
+
+class _Quote(ast.NodeTransformer):
+    """Turns the bare words sm90, gfx942 into strings."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(node.id) if _ARCH.fullmatch(node.id) else node
+
+
+def quoted(tree: ast.expr) -> ast.expr:
+    """Return a copy of the expression in plain Python, arch words as strings."""
+    copy = ast.parse(ast.unparse(tree), mode="eval").body
+    return ast.fix_missing_locations(_Quote().visit(copy))
+
+
+def _compile(tree: ast.expr) -> CodeType:
+    return compile(ast.Expression(quoted(tree)), "<fact>", "eval")
+
+
+def _evaluate(code: CodeType, values: Mapping[str, Any]) -> Any:
+    # Only nodes that _check let through are in the code, so this can call nothing else.
+    return eval(code, {"__builtins__": {}, **DTYPES, **PREDICATES}, dict(values))  # noqa: S307
+
+
+def _leaves(tree: ast.expr) -> Iterator[tuple[str, CodeType]]:
+    """Yield the largest parts of a comparison that name something, with their code."""
+    parts: list[ast.expr] = []
+    match tree:
+        case ast.Compare(left=left, comparators=rest):
+            parts = [left, *rest]
+        case ast.UnaryOp(operand=ast.Compare(left=left, comparators=rest)):
+            parts = [left, *rest]
+        case _:
+            parts = [tree.operand if isinstance(tree, ast.UnaryOp) else tree]
+    for part in parts:
+        if any(True for _ in _check(part, "")):
+            yield ast.unparse(part), _compile(part)
+
+
+def show(value: Any) -> Any:
+    """Return a value as a fact would write it."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -1,0 +1,172 @@
+"""The memo guard of an op: a function generated from the facts that can change the choice.
+
+Sizes appear in the key only as the truth of those facts, so the table stays small however many
+different token counts arrive.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hwfuse import _facts
+from hwfuse._device import fp8_dtype
+from hwfuse._facts import DEVICE_NAMES, DTYPES, PREDICATES, Fact
+from hwfuse._spec import Spec
+
+# Modes (FakeTensorMode, profilers of users) must see the op as one node, so they are looked for on
+# every call.  Private names; without them the calls they would divert stay in the eager path.
+mode_depth: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+class _Inline(ast.NodeTransformer):
+    """Rewrites a fact to read hoisted shapes and strides: ``m`` becomes ``x_shape[0]``.
+
+    `simple`: it looks at dtypes and options only, and those go into the key themselves.
+    `derived`: it needs a size that is no dimension of a tensor, so raw shapes go into the key.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec, self.simple, self.derived = spec, True, False
+        self.leaves, self.hoisted = set[str](), set[str]()
+        self.dimensions = {
+            name: (tensor, index)
+            for tensor, names in reversed(spec.dims.items())
+            for index, name in enumerate(names)
+        }
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        name = node.id
+        if name in self.dimensions:
+            tensor, index = self.dimensions[name]
+            return self._hoist(tensor, "shape", f"[{index}]")
+        if name in self.spec.size_names or name in DEVICE_NAMES:
+            self.derived = True
+        elif name in self.spec.parameters:
+            self.leaves.add(name)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        tensor = ast.unparse(node.value)
+        if node.attr == "shape":
+            return self._hoist(tensor, "shape", "")
+        if node.attr == "dtype":
+            self.leaves.add(f"{tensor}.dtype")
+        else:
+            self.simple = False
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.simple = False
+        arguments = [ast.unparse(argument) for argument in node.args]
+        match node.func:
+            case ast.Name(id="aligned"):
+                return _expression(f"{arguments[0]}.data_ptr() % {arguments[1]} == 0")
+            case ast.Attribute(value=ast.Name(id=tensor), attr="stride"):
+                return self._hoist(tensor, "stride", f"[{arguments[0]}]" if arguments else "")
+        return node
+
+    def _hoist(self, tensor: str, what: str, index: str) -> ast.expr:
+        self.simple = False
+        self.hoisted.add(f"{tensor}_{what} = {tensor}.{what}{'()' if what == 'stride' else ''}")
+        return _expression(f"{tensor}_{what}{index}")
+
+
+def _expression(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+def build(
+    spec: Spec, facts: Iterable[Fact], context: Callable[[], Any], other: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]], dict[tuple[Any, ...], Any]]:
+    """Return (run, key, table).
+
+    ``run`` takes all arguments by position, looks their key up in *table* and calls what it finds;
+    otherwise, and for tensor subclasses or under dispatch modes, it calls *other*.
+    """
+    hoisted, parts = key_parts(spec, facts)
+    table: dict[tuple[Any, ...], Any] = {}
+    names = {"get": table.get, "context": context, "other": other, "modes": mode_depth}
+    names |= {"grad": torch.is_grad_enabled, "current": _current_device, "Tensor": Tensor}
+    names |= {"Parameter": Parameter, **DTYPES, **PREDICATES}
+    by_position = ", ".join(spec.parameters)
+    split = len(spec.positional)
+    call = ", ".join([*spec.parameters[:split], *(f"{p}={p}" for p in spec.parameters[split:])])
+    plain = " and ".join(f"(type({t}) is Tensor or type({t}) is Parameter)" for t in spec.tensors)
+    hoist = "; ".join(sorted(hoisted)) or "pass"
+    key = f"({', '.join(parts)},)"
+    source = f"""
+def key({by_position}):
+    {hoist}
+    return {key}
+def run({by_position}):
+    if {plain} and not modes():
+        {hoist}
+        function = get({key})
+        if function is not None:
+            return function({call})
+    return other({by_position})
+"""
+    exec(compile(source, f"<guard of {spec.name}>", "exec"), names)  # noqa: S102
+    return names["run"], names["key"], table  # type: ignore[return-value]
+
+
+def key_parts(spec: Spec, facts: Iterable[Fact]) -> tuple[set[str], list[str]]:
+    """Return the statements that hoist shapes and strides, and the expressions of the memo key."""
+    gradients = " or ".join(f"{t}.requires_grad" for t in spec.tensors)
+    parts = ["context()", f"{spec.tensors[0]}.get_device()", f"grad() and ({gradients})"]
+    if "dtype" in spec.parameters:
+        parts.append("dtype")
+    if torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        parts.append("current()")
+    hoisted: set[str] = set()
+    for fact in sorted(facts, key=lambda fact: fact.source):
+        if fact.names <= DEVICE_NAMES:
+            continue  # decided by the device, which is in the key
+        inline = _Inline(spec)
+        text = ast.unparse(inline.visit(_facts.quoted(fact.tree)))
+        if inline.derived:
+            hoisted |= {f"{tensor}_shape = {tensor}.shape" for tensor in spec.tensors}
+            parts += [f"{tensor}_shape" for tensor in spec.tensors]
+            parts += [name for name in spec.parameters if name not in spec.tensors]
+        else:
+            hoisted |= inline.hoisted
+            parts += sorted(inline.leaves) if inline.simple else [text]
+    return hoisted, list(dict.fromkeys(parts))
+
+
+def entrance(spec: Spec, traced: Callable[[], bool]) -> Callable[..., Any]:
+    """Return the op's ``__call__``: one torch node under tracing, the guard otherwise.
+
+    It never changes, so compiled code, which guards on it, never recompiles because a policy did.
+    """
+    split = len(spec.positional)
+    parameters = []
+    for index, p in enumerate(spec.signature.parameters.values()):
+        if index == split:
+            parameters.append("*")
+        default = "" if p.default is p.empty else f"=_default_{p.name}"
+        parameters.append(p.name + default)
+    defaults = {f"_default_{p.name}": p.default for p in spec.signature.parameters.values()}
+    by_name = [*spec.parameters[:split], *(f"{p}={p}" for p in spec.parameters[split:])]
+    resolve = "pass"
+    if "dtype" in spec.parameters:
+        resolve = f"dtype = fp8_dtype({spec.tensors[0]}.device) if dtype is None else dtype"
+    source = f"""
+def __call__(self, {", ".join(parameters)}):
+    if traced():
+        {resolve}
+        return self.node({", ".join(by_name)})
+    return self._run({", ".join(spec.parameters)})
+"""
+    names: dict[str, Any] = {"traced": traced, "fp8_dtype": fp8_dtype, **defaults}
+    exec(compile(source, f"<call of {spec.name}>", "exec"), names)  # noqa: S102
+    function: Callable[..., Any] = names["__call__"]
+    function.__doc__ = spec.function.__doc__
+    return function

@@ -1,0 +1,172 @@
+"""Implementations: files that are data until one of them is chosen.
+
+The core reads ``REQUIRES``, ``COPIES`` and the signature with `ast`; only `Implementation.load`
+imports the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hwfuse import _facts
+from hwfuse._errors import BrokenImplementation, suggestion
+from hwfuse._facts import Fact
+from hwfuse._spec import Spec
+
+REFERENCE = "reference/torch"
+_TRAITS = ("differentiable", "experimental", "deterministic", "batch_invariant")
+_KEYS = ("arch", "packages", "facts", *_TRAITS)
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What an implementation declares about itself.  Empty `arch`: every arch of its vendor."""
+
+    arch: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
+    differentiable: bool = False
+    experimental: bool = False
+    deterministic: bool = False
+    batch_invariant: bool = False
+
+
+@dataclass(eq=False)
+class Implementation:
+    """One callable for one op.  `problem` says why it can never run, e.g. another signature."""
+
+    id: str
+    op: str
+    vendor: str | None
+    module: str
+    path: Path | None
+    requires: Requires = Requires()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    problem: str | None = None
+    function: Callable[..., Any] | None = None
+
+    @property
+    def backend(self) -> str:
+        """The part of the id before the slash."""
+        return self.id.partition("/")[0]
+
+    @property
+    def provider(self) -> str:
+        """The part of the id after the slash."""
+        return self.id.partition("/")[2]
+
+    def load(self) -> Callable[..., Any]:
+        """Return the callable, importing its file the first time."""
+        if self.function is None:
+            try:
+                self.function = getattr(importlib.import_module(self.module), self.op)
+            except Exception as error:
+                text = f"{self.id} was chosen for {self.op} but {self.path} cannot be used: {error!r}"
+                raise BrokenImplementation(text) from error
+        return self.function
+
+
+def read(path: Path, spec: Spec, **identity: Any) -> Implementation:
+    """Read an implementation file without importing it.  *identity*: id, vendor, module, packages."""
+    packages = identity.pop("packages")
+    implementation = Implementation(op=spec.name, path=path, **identity)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        implementation.requires = parse_requires(_literal(tree, "REQUIRES"), spec, packages)
+        implementation.copies = _literal(tree, "COPIES")
+        _check_signature(tree, spec)
+    except (SyntaxError, ValueError) as error:
+        implementation.problem = f"{path}: {error}"
+    return implementation
+
+
+def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...] = ()) -> Requires:
+    """Turn a REQUIRES mapping into a record; ValueError for an unknown key, name or form."""
+    for key in data:
+        if key not in _KEYS:
+            raise ValueError(f"REQUIRES has no key {key!r}{suggestion(key, _KEYS)}")
+    for key in ("arch", "packages", "facts"):
+        if not isinstance(data.get(key, ()), tuple | list):
+            raise ValueError(f"REQUIRES[{key!r}] is {data[key]!r}, needs a tuple of strings")
+    facts = tuple(_facts.parse(text) for text in data.get("facts", ()))
+    for fact in facts:
+        _facts.check_names(fact, spec.vocabulary)
+    return Requires(
+        arch=tuple(data.get("arch", ())),
+        packages=(*packages, *data.get("packages", ())),
+        facts=facts,
+        **{trait: bool(data.get(trait, False)) for trait in _TRAITS},
+    )
+
+
+def _literal(tree: ast.Module, name: str) -> dict[str, Any]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                value = ast.literal_eval(node.value)
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name} is {value!r}, needs a literal dict")
+                return value
+    if name == "REQUIRES":
+        raise ValueError("no REQUIRES = {...}")
+    return {}
+
+
+def _check_signature(tree: ast.Module, spec: Spec) -> None:
+    """Raise ValueError, both signatures shown, unless the file's function has the spec's."""
+    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == spec.name]
+    if not found:
+        raise ValueError(f"no function {spec.name}")
+    source = ast.parse(inspect.getsource(spec.function)).body[0]
+    assert isinstance(source, ast.FunctionDef)
+    needed, has = _signature(source), _signature(found[0])
+    if needed != has:
+        raise ValueError(f"signatures differ\n  spec: {needed}\n  file: {has}")
+
+
+def _signature(function: ast.FunctionDef) -> str:
+    returns = "" if function.returns is None else f" -> {ast.unparse(function.returns)}"
+    text = f"{function.name}({ast.unparse(function.args)}){returns}"
+    return re.sub(r"\b(torch|typing)\.(?=[A-Za-z])", "", text)
+
+
+@functools.cache
+def missing(requirement: str) -> str | None:
+    """Say what is wrong with a package requirement such as ``triton>=3.6`` here, or return None."""
+    match = re.fullmatch(r"([\w.-]+?)(?:>=([\d.]+))?", requirement)
+    if match is None:
+        raise ValueError(f"{requirement!r} is not a requirement; write name or name>=1.2")
+    name, minimum = match.groups()
+    version = _installed(name)
+    if version is None:
+        return f"needs {requirement}; {name} is not installed"
+    if minimum and _numbers(version) < _numbers(minimum):
+        return f"needs {requirement}; found {name} {version}"
+    return None
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    # ROCm's torch brings the module triton in a distribution of another name.
+    if not name.isidentifier() or importlib.util.find_spec(name) is None:
+        return None
+    owners = importlib.metadata.packages_distributions().get(name, [])
+    return importlib.metadata.version(owners[0]) if owners else "0"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])

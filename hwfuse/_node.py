@@ -1,0 +1,127 @@
+"""The neutral torch node of an op: what tracing, export and dispatch modes see.
+
+One ``torch.ops.hwfuse.<op>`` per op; the implementation is chosen when the node runs, by the same
+code as in eager mode, so no choice and no size is frozen into a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from hwfuse import _spec
+from hwfuse._spec import Spec
+
+_library = Library("hwfuse", "FRAGMENT")
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_defined: set[str] = set()
+
+
+def define(
+    spec: Spec, run: Callable[..., Any], reference: Callable[[], Callable[..., Any] | None]
+) -> Any:
+    """Register the op with torch and return its overload.
+
+    Args:
+        spec: The op.
+        run: Chooses and runs, by keyword; called when the node runs.
+        reference: Returns the reference function if its autograd may be used, else None.
+    """
+    name = f"hwfuse::{spec.name}"
+    _defined.add(spec.name)  # first: Library.define itself looks the name up
+    _library.define(spec.name + spec.schema, tags=_TAGS)
+    _library.impl(spec.name, _kernel(spec, run), "CompositeExplicitAutograd")
+    torch.library.register_fake(name, spec.outputs, lib=_library)
+    overload = getattr(torch.ops.hwfuse, spec.name).default
+    if spec.mutates:
+        _library.impl(spec.name, _refuse_gradient(spec, overload), "Autograd", with_keyset=False)
+    else:
+        torch.library.register_autograd(
+            name, _backward(spec, reference), setup_context=_setup_context, lib=_library
+        )
+    return overload
+
+
+def _kernel(spec: Spec, run: Callable[..., Any]) -> Callable[..., Any]:
+    if not spec.mutates:
+        return run
+
+    def mutate(*args: Any, **kwargs: Any) -> None:
+        run(*args, **kwargs)
+        arguments = spec.bind(args, kwargs)
+        # Autograd must notice if a saved tensor was overwritten; python kernels do not tell it.
+        torch.autograd.graph.increment_version([arguments[name] for name in spec.mutates])
+
+    return mutate
+
+
+def _refuse_gradient(spec: Spec, overload: Any) -> Callable[..., Any]:
+    def autograd(*args: Any, **kwargs: Any) -> Any:
+        tensors = (value for value in args if isinstance(value, Tensor))
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise NotImplementedError(
+                f"{spec.name} writes into its inputs and has no gradient; "
+                f"use {spec.name.rstrip('_')}, or torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    return autograd
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.keywords = keyword_only_inputs
+
+
+def _backward(
+    spec: Spec, reference: Callable[[], Callable[..., Any] | None]
+) -> Callable[..., Any]:
+    """Return the gradient: the reference's own autograd on recomputed outputs."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        function = reference()
+        if function is None:
+            raise NotImplementedError(f"{spec.name} has no gradient: it is for inference only")
+        inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = function(*inputs, **ctx.keywords)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+        )
+        answers = iter(found)
+        return tuple(next(answers) if need else None for need in ctx.needs_input_grad)
+
+    return backward
+
+
+class _Namespace(torch._ops._OpNamespace):
+    """``torch.ops.hwfuse``, which defines an op when its name is first asked for.
+
+    So an exported program loads and compiled code traces although nobody called `hwfuse.op` yet.
+    """
+
+    __module__ = "torch.ops"
+
+    def __init__(self, create: Callable[[str], Any]) -> None:
+        super().__init__("hwfuse")
+        self._create = create
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _spec.names() and name not in _defined:
+            self._create(name)
+        return super().__getattr__(name)
+
+
+def install_namespace(create: Callable[[str], Any]) -> None:
+    """Make ``torch.ops.hwfuse.<op>`` call *create* the first time an op's name is used."""
+    torch.ops.hwfuse = _Namespace(create)
