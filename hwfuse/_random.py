@@ -17,13 +17,17 @@ class Random:
         """Return signed numbers of mean 0 and deviation 1."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.randn(shape, generator=self._generator).to(self.device, dtype)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu").to(
+            self.device, dtype
+        )
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return whole numbers, *low* up to but without *high*."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
-        return torch.randint(low, high, shape, generator=self._generator).to(self.device, dtype)
+        return torch.randint(low, high, shape, generator=self._generator, device="cpu").to(
+            self.device, dtype
+        )
 
     def rows(self, m: int, width: int, *, row_pad: int, dtype: torch.dtype) -> Tensor:
         """Return `normal` ``[m, width]`` as the first columns of rows that are *row_pad* longer."""

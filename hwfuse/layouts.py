@@ -71,7 +71,7 @@ def matches(scale: Tensor, scale_layout: str) -> bool:
     is_tma = scale_layout == "column_tma"
     return (
         (num_rows == 1 or scale.stride(0) == row_stride)
-        and (num_groups == 1 and not is_tma or scale.stride(1) == group_stride)
+        and ((num_groups == 1 and not is_tma) or scale.stride(1) == group_stride)
         and (not is_tma or _owns(scale, num_groups * group_stride))
     )
 

@@ -1,0 +1,21 @@
+"""The NVIDIA backend."""
+
+from __future__ import annotations
+
+import hwfuse
+
+
+@hwfuse.hookimpl
+def hwfuse_backend() -> hwfuse.Backend:
+    """Name the backend, its folders, and its providers with the distributions they need."""
+    return hwfuse.Backend(
+        name="cuda",
+        package="hwfuse_cuda",
+        vendor="nvidia",
+        providers={
+            "cutlass": ("nvidia-cutlass-dsl",),
+            "cublas": (),  # through torch, which links it
+            "deepgemm": ("deep_gemm",),
+            "triton": ("triton>=3.6",),
+        },
+    )

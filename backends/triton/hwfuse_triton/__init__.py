@@ -1,0 +1,1 @@
+"""Triton kernels and the code that launches them, for the backends of both vendors."""
