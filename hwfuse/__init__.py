@@ -34,7 +34,7 @@ from hwfuse._errors import (
 from hwfuse._op import Op, explain, op, scope
 from hwfuse._plugins import Backend, hookimpl
 from hwfuse._record import record
-from hwfuse._spec import names as ops
+from hwfuse._spec import names as op_names
 from hwfuse._state import configure
 from hwfuse._warmup import warmup
 
@@ -66,7 +66,7 @@ __all__ = [
     "integrations",
     "layouts",
     "op",
-    "ops",
+    "op_names",
     "packing",
     "record",
     "testing",

@@ -59,7 +59,7 @@ def assert_split(qkvz, ba, hk, hv, dk, dv, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("hk", "hv"), HEADS)
 def test_split_of_any_bits_follows_the_index_formulas(hk, hv, layout):
-    """Each result is the columns that ops.md's formulas name, for every r, 3 included."""
+    """Each result is the columns that the layout's index formulas name, for every r, 3 included."""
     torch.manual_seed(0)
     for m, dk, dv in ((1, 64, 64), (37, 8, 8), (4, 16, 4), (0, 8, 8)):
         qkvz = any_bits(m, 2 * hk * dk + 2 * hv * dv, torch.bfloat16)

@@ -8,9 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from hwfuse import _spec
+import hwfuse
 
-OPS = _spec.names()
+OPS = hwfuse.op_names()
 SMALL = {
     "fused_qkvzba": {"num_k_heads": 2, "num_v_heads": 6},
     "fp8_blockscale_gemm": {"n": 192, "k": 256},
