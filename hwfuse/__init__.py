@@ -85,10 +85,10 @@ def using(*everything: str, **ops: str | list[str]) -> AbstractContextManager[No
     Raises:
         ConfigError: An op or id is unknown.
     """
-    items = {name: value if isinstance(value, str) else tuple(value) for name, value in ops.items()}
+    orders: dict[str, Any] = dict(ops)
     if everything:
-        items["*"] = everything[0] if len(everything) == 1 else everything
-    return scope(tuple(sorted(items.items())), "hwfuse.using")
+        orders["*"] = everything[0] if len(everything) == 1 else everything
+    return scope(orders, "hwfuse.using")
 
 
 def decisions() -> list[Decision]:

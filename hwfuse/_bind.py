@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwfuse import _device, _facts, _select, _state
-from hwfuse._errors import InputError, NoImplementation, suggestion
+from hwfuse import _device, _facts, _guard, _select, _state
+from hwfuse._errors import InputError, suggestion
 from hwfuse._facts import Fact
 from hwfuse._select import Call
+from hwfuse._spec import Spec
 
 if TYPE_CHECKING:
     from hwfuse._op import Op
@@ -29,23 +32,32 @@ def bind(op: Op, device: torch.device, constants: Mapping[str, Any]) -> Callable
 
     Returns:
         The implementation itself where nothing needs a check, so that a call costs what a direct
-        call costs.  ``.decision`` says what it is.  Later policy changes do not reach it.
+        call costs; behind a check of promises, or of the device where there are several, it costs
+        what a call of the op costs.  ``.decision`` says what it is.  Later policy changes do not
+        reach it.
     """
     constants = dict(constants)
     dtypes = constants.pop("dtypes", {})
     call = _call(op, device, constants, dtypes)
-    order = _state.policy().order(op.spec.name, call.values)
-    decision = _select.select(call, order, _state.registry())
-    if not decision.chosen:
-        raise NoImplementation(f"nothing can be bound\n{decision}", decision)
-    implementation = _state.registry().implementations(op.spec.name)[decision.chosen]
+    try:
+        order = _state.policy().order(op.spec.name, call.values)
+    except (NameError, AttributeError) as error:
+        needed = "a promise of all that the rules of the policy look at, such as m=1"
+        raise InputError("bind", error, needed) from error
+    registry = _state.registry()
+    decision = _select.select(call, order, registry)
+    _state.settle(decision, order)
+    implementation = registry.implementations(op.spec.name)[decision.chosen]
     options = {k: v for k, v in constants.items() if k in op.spec.parameters}
     if "dtype" in op.spec.parameters:
         options["dtype"] = call.values["dtype"]
-    function = _with_defaults(implementation.load(), options)
+    function = implementation.load()
     checks = [f for f in implementation.requires.facts if not f.names <= _facts.DEVICE_NAMES]
-    if checks or device.type != "cpu":
-        function = _checked(op, function, options, checks, device)
+    if checks or _device.is_one_of_many(device):
+        guarded = _guarded(op.spec, function, checks, _device.with_index(device), call)
+        function = functools.partial(guarded, **options)
+    else:
+        function = _with_defaults(function, options)
     function.decision = decision  # type: ignore[attr-defined]
     return function
 
@@ -60,23 +72,27 @@ def _call(
             raise InputError(name, "a tensor", "no tensors: bind takes options and sizes")
         if name not in known:
             raise InputError(name, "an unknown name", f"one of {known}{suggestion(name, known)}")
+    for name in dtypes:
+        if name not in spec.tensors:
+            needed = f"one of {spec.tensors}{suggestion(name, spec.tensors)}"
+            raise InputError(f"dtypes[{name!r}]", "an unknown name", needed)
     target = _device.target_of(device)
     defaults = {
-        p.name: p.default
-        for p in spec.signature.parameters.values()
-        if p.default is not p.empty
+        p.name: p.default for p in spec.signature.parameters.values() if p.default is not p.empty
     }
     values: dict[str, Any] = {**defaults, **constants, "arch": target.arch, "vendor": target.vendor}
     if values.get("dtype", 0) is None:
         values["dtype"] = _device.fp8_dtype(device)
-    tensors = {name: torch.empty(0, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    # Facts read the dtype of a promised tensor and nothing else of it.
+    tensors = {name: SimpleNamespace(dtype=dtype) for name, dtype in dtypes.items()}
+    reads = {*known, *(f"{name}.dtype" for name in spec.tensors)}
     return Call(
         op=spec.name,
         target=target,
         values={**values, **tensors},
         facts={"target": str(target), **{k: _facts.show(v) for k, v in constants.items()}},
         pretended=_device.pretended.get() is not None,
-        unknown=frozenset(known) - frozenset(values) - frozenset(tensors),
+        unknown=frozenset(reads - values.keys() - {f"{name}.dtype" for name in dtypes}),
     )
 
 
@@ -96,25 +112,27 @@ def _with_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> 
     return copy
 
 
-def _checked(
-    op: Op,
-    function: Callable[..., Any],
-    options: Mapping[str, Any],
-    checks: list[Fact],
-    device: torch.device,
+def _guarded(
+    spec: Spec, function: Callable[..., Any], facts: list[Fact], device: torch.device, bound: Call
 ) -> Callable[..., Any]:
-    spec = op.spec
+    """Return *function* behind a memo guard whose cold path checks device and promises."""
+    words = {word: bound.values[word] for word in _facts.DEVICE_NAMES}
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        arguments = spec.bind(args, {**options, **kwargs})
+    def check(*values: Any) -> Any:
+        arguments = dict(zip(spec.parameters, values, strict=True))
         first = arguments[spec.tensors[0]]
-        if first.device.type != device.type or device.index not in (None, first.device.index):
+        if first.device != device:
             raise InputError(f"{spec.tensors[0]}.device", first.device, f"{device}, as bound")
-        if checks:
-            values = {**spec.sizes(**arguments)._asdict(), **arguments}
-            for fact in checks:
-                if not fact.holds(values):
-                    raise InputError(spec.name, fact.reason(values), "what was promised to bind")
-        return function(*args, **kwargs)
+        known = {**spec.sizes(**arguments)._asdict(), **arguments, **words}
+        for fact in facts:
+            if not fact.holds(known):
+                raise InputError(spec.name, fact.reason(known), "what was promised to bind")
+        if len(table) >= _guard.TABLE_LIMIT:
+            table.clear()
+        table[key(*values)] = launched = _device.on(device, function)
+        args, kwargs = spec.split(arguments)
+        return launched(*args, **kwargs)
 
-    return call
+    run, key, table = _guard.build(spec, facts, lambda: None, check)
+    call = _guard.entrance(spec, lambda: False)
+    return functools.partial(call, types.SimpleNamespace(_run=run))

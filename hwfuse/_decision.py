@@ -33,6 +33,14 @@ class Decision:
     misses: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for calls that differ only in what was found, not in any candidate's fate."""
+        needs = ((name, *(reason.partition("; found")[0] for reason in reasons))
+                 for name, reasons in self.rejected.items())  # fmt: skip
+        call = (self.op, self.facts["target"], self.pretended, self.origin)
+        return (*call, self.chosen, self.passed_over, *needs)
+
     def __str__(self) -> str:
         pretended = " (pretended)" if self.pretended else ""
         lines = [f"{self.op} on {self.facts['target']}{pretended}, order from {self.origin}"]
@@ -40,7 +48,7 @@ class Decision:
         lines.append("  call: " + " ".join(known))
         width = max(map(len, (self.chosen, *self.passed_over, *self.rejected)), default=0)
         if self.chosen:
-            lines.append(f"  chosen    {self.chosen:{width}}")
+            lines.append(f"  chosen    {self.chosen}")
         lines += [f"  could run {name:{width}}  ranked lower" for name in self.passed_over]
         for name, reasons in self.rejected.items():
             lines.append(f"  rejected  {name:{width}}  {reasons[0]}")

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hwfuse._errors import InputError
 
-_VENDORS = {"cuda": "nvidia", "rocm": "amd"}
+VENDORS = {"cuda": "nvidia", "rocm": "amd"}
 _FNUZ_ARCHES = ("gfx940", "gfx941", "gfx942")  # CDNA3; every later arch has the OCP flavour
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a call runs on.  `vendor`: nvidia, amd, or the torch device type; `arch`: sm90, gfx942."""
+    """What a call runs on.  `vendor`: nvidia, amd, or torch's device type; `arch`: sm90, gfx942."""
 
     vendor: str
     arch: str
 
     def __str__(self) -> str:
-        names = {vendor: name for name, vendor in _VENDORS.items()}
+        names = {vendor: name for name, vendor in VENDORS.items()}
         return f"{names[self.vendor]}:{self.arch}" if self.vendor in names else self.arch
 
 
@@ -39,11 +41,11 @@ def parse(text: str) -> Target:
     pattern = {"cuda": r"sm\d+[af]?", "rocm": r"gfx\w+"}.get(name)
     if pattern is None or re.fullmatch(pattern, arch) is None:
         raise InputError("device", repr(text), "'cpu', 'cuda:sm90' or 'rocm:gfx950' style")
-    return Target(_VENDORS[name], arch)
+    return Target(VENDORS[name], arch)
 
 
 def target_of(device: torch.device) -> Target:
-    """Return what *device* is; CPU and meta tensors count as the pretended target, if there is one."""
+    """Return what *device* is; CPU and meta tensors count as the pretended target, if any."""
     if device.type in ("cpu", "meta"):
         return pretended.get() or Target("cpu", "cpu")
     if device.type != "cuda":
@@ -58,6 +60,43 @@ def _cuda_target(index: int) -> Target:
     if torch.version.hip:
         return Target("amd", properties.gcnArchName.split(":")[0])
     return Target("nvidia", f"sm{properties.major}{properties.minor}")
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return *device* with the index that ``cuda`` alone means now."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def is_one_of_many(device: torch.device) -> bool:
+    """Tell whether another device of this kind may be current when a kernel is launched."""
+    return device.type == "cuda" and torch.cuda.device_count() > 1
+
+
+def on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return *function*, wrapped to launch on *device* if another one is current."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def here(device: str | None) -> Target | None:
+    """Return what a device of this machine is, by default its accelerator; None for other words."""
+    if device == "cpu":
+        return parse(device)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and not pretended.get() else "cpu"
+    elif re.fullmatch(r"cuda(:\d+)?", device) is None:
+        return None
+    elif not torch.cuda.is_available():
+        raise InputError("device", f"{device!r}, but no GPU", "'cuda:sm90' or 'rocm:gfx950' style")
+    return target_of(torch.device(device))
 
 
 def fp8_dtype(device: torch.device | str) -> torch.dtype:

@@ -30,9 +30,9 @@ DTYPES: dict[str, torch.dtype] = {
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
 }
-_ARCH = re.compile(r"sm\d+[af]?|gfx\w+|cpu")
+ARCH = re.compile(r"sm\d+[af]?|gfx\w+|cpu")
 _ATTRIBUTES = {"dtype", "ndim", "shape", "requires_grad"}
-_METHODS = {"stride", "is_contiguous", "numel"}
+_METHODS = {"stride": 1, "is_contiguous": 0, "numel": 0}  # to the most arguments they take
 DEVICE_NAMES = frozenset({"arch", "vendor"})
 
 
@@ -46,12 +46,21 @@ PREDICATES: dict[str, Any] = {"aligned": aligned, "matches": layouts.matches}
 
 @dataclass(frozen=True)
 class Fact:
-    """One parsed statement.  `names`: the arguments, sizes and device words it speaks of."""
+    """One parsed statement.
+
+    `reads`: what it looks at: a size or option by name, a tensor as ``x.dtype`` or, for anything
+    beyond its dtype, as ``x``.
+    """
 
     source: str
-    names: frozenset[str]
+    reads: frozenset[str]
     tree: ast.expr = field(repr=False, compare=False)
     code: CodeType = field(repr=False, compare=False)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The arguments, sizes and device words it speaks of."""
+        return frozenset(read.partition(".")[0] for read in self.reads)
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Evaluate on a call's values.  An exception here is a bug and is not caught."""
@@ -75,8 +84,7 @@ def parse(source: str) -> Fact:
     is_method = isinstance(statement, ast.Call) and isinstance(statement.func, ast.Attribute)
     if not (isinstance(statement, ast.Compare) or is_predicate or is_method):
         raise ValueError(f"{source!r} is not a fact: needs a comparison, such as m <= 64")
-    names = frozenset(_check(tree, source))
-    return Fact(source, names, tree, _compile(tree))
+    return Fact(source, frozenset(_check(tree, source)), tree, _compile(tree))
 
 
 def check_names(fact: Fact, known: Iterable[str]) -> None:
@@ -90,24 +98,28 @@ def thresholds(fact: Fact) -> Iterator[tuple[str, int]]:
     """Yield (size, number) for each ``size <compare> number``: where the parity harness looks."""
     if isinstance(fact.tree, ast.Compare) and len(fact.tree.comparators) == 1:
         left, right = fact.tree.left, fact.tree.comparators[0]
-        if isinstance(left, ast.Name) and isinstance(right, ast.Constant):
-            if isinstance(right.value, int):
-                yield left.id, right.value
+        if isinstance(left, ast.Name) and _is_number(right):
+            yield left.id, ast.literal_eval(right)
 
 
-def _check(node: ast.expr, source: str) -> Iterator[str]:
-    """Yield the free names of an expression; refuse whatever the language does not have."""
+def _check(node: ast.expr, source: str) -> Iterator[str]:  # noqa: C901, PLR0912 - a case a form
+    """Yield what an expression reads; refuse whatever the language does not have.
+
+    A policy file comes from anywhere, so nothing may pass that could call or reach other objects:
+    an index or a further argument is a constant.
+    """
     match node:
-        case ast.Constant() | ast.Name(id="True" | "False" | "None"):
+        case ast.Constant():
             return
         case ast.Name(id=name):
-            if name not in DTYPES and _ARCH.fullmatch(name) is None:
+            if name not in DTYPES and ARCH.fullmatch(name) is None:
                 yield name
         case ast.Compare(left=left, comparators=rest):
             for child in (left, *rest):
                 yield from _check(child, source)
-        case ast.BinOp(left=left, right=right, op=ast.Add() | ast.Sub() | ast.Mult()) | ast.BinOp(
-            left=left, right=right, op=ast.Mod() | ast.FloorDiv()
+        case (
+            ast.BinOp(left=left, right=right, op=ast.Add() | ast.Sub() | ast.Mult())
+            | ast.BinOp(left=left, right=right, op=ast.Mod() | ast.FloorDiv())
         ):
             yield from _check(left, source)
             yield from _check(right, source)
@@ -116,33 +128,44 @@ def _check(node: ast.expr, source: str) -> Iterator[str]:
         case ast.Tuple(elts=children) | ast.List(elts=children):
             for child in children:
                 yield from _check(child, source)
-        case ast.Attribute(value=ast.Name() as value, attr=attribute) if attribute in _ATTRIBUTES:
-            yield from _check(value, source)
-        case ast.Subscript(value=ast.Attribute(attr="shape") as value, slice=ast.expr()):
-            yield from _check(value, source)
-        case ast.Call(func=ast.Attribute(value=ast.Name() as value, attr=method), keywords=[]) if (
-            method in _METHODS
+        case ast.Attribute(value=ast.Name(id=name), attr="dtype"):
+            yield f"{name}.dtype"
+        case ast.Attribute(value=ast.Name(id=name), attr=attribute) if attribute in _ATTRIBUTES:
+            yield name
+        case ast.Subscript(value=ast.Attribute(attr="shape") as value, slice=index) if _is_number(
+            index
         ):
             yield from _check(value, source)
-        case ast.Call(func=ast.Name(id=name), args=children, keywords=[]) if name in PREDICATES:
-            for child in children:
-                yield from _check(child, source)
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id=name), attr=method), args=rest, keywords=[]
+        ) if len(rest) <= _METHODS.get(method, -1) and all(map(_is_number, rest)):
+            yield name
+        case ast.Call(
+            func=ast.Name(id=predicate), args=[ast.Name(id=name), ast.Constant()], keywords=[]
+        ) if predicate in PREDICATES:
+            yield name
         case _:
             text = ast.unparse(node)
             raise ValueError(f"{source!r} is not a fact: {text!r} is not part of the language")
+
+
+def _is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node = node.operand
+    return isinstance(node, ast.Constant) and type(node.value) is int
 
 
 class _Quote(ast.NodeTransformer):
     """Turns the bare words sm90, gfx942 into strings."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(node.id) if _ARCH.fullmatch(node.id) else node
+        return ast.Constant(node.id) if ARCH.fullmatch(node.id) else node
 
 
 def quoted(tree: ast.expr) -> ast.expr:
     """Return a copy of the expression in plain Python, arch words as strings."""
-    copy = ast.parse(ast.unparse(tree), mode="eval").body
-    return ast.fix_missing_locations(_Quote().visit(copy))
+    copy: ast.expr = _Quote().visit(ast.parse(ast.unparse(tree), mode="eval").body)
+    return ast.fix_missing_locations(copy)
 
 
 def _compile(tree: ast.expr) -> CodeType:

@@ -22,19 +22,20 @@ from hwfuse._spec import Spec
 # Modes (FakeTensorMode, profilers of users) must see the op as one node, so they are looked for on
 # every call.  Private names; without them the calls they would divert stay in the eager path.
 mode_depth: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+TABLE_LIMIT = 4096  # entries; reached only by facts about derived sizes, whose key is raw shapes
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 class _Inline(ast.NodeTransformer):
     """Rewrites a fact to read hoisted shapes and strides: ``m`` becomes ``x_shape[0]``.
 
-    `simple`: it looks at dtypes and options only, and those go into the key themselves.
-    `derived`: it needs a size that is no dimension of a tensor, so raw shapes go into the key.
+    `reads`: every expression it looks at.  `simple`: these are dtypes and options only.
+    `derived`: it needs a size that is no dimension of a tensor.
     """
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.simple, self.derived = spec, True, False
-        self.leaves, self.hoisted = set[str](), set[str]()
+        self.reads, self.hoisted = set[str](), set[str]()
         self.dimensions = {
             name: (tensor, index)
             for tensor, names in reversed(spec.dims.items())
@@ -48,38 +49,33 @@ class _Inline(ast.NodeTransformer):
             return self._hoist(tensor, "shape", f"[{index}]")
         if name in self.spec.size_names or name in DEVICE_NAMES:
             self.derived = True
-        elif name in self.spec.parameters:
-            self.leaves.add(name)
-        return node
+            return node
+        return self._read(name) if name in self.spec.parameters else node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        tensor = ast.unparse(node.value)
         if node.attr == "shape":
-            return self._hoist(tensor, "shape", "")
-        if node.attr == "dtype":
-            self.leaves.add(f"{tensor}.dtype")
-        else:
-            self.simple = False
-        return node
+            return self._hoist(ast.unparse(node.value), "shape", "")
+        self.simple = self.simple and node.attr == "dtype"
+        return self._read(ast.unparse(node))
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.simple = False
         arguments = [ast.unparse(argument) for argument in node.args]
         match node.func:
             case ast.Name(id="aligned"):
-                return _expression(f"{arguments[0]}.data_ptr() % {arguments[1]} == 0")
+                return self._read(f"{arguments[0]}.data_ptr() % {arguments[1]} == 0")
             case ast.Attribute(value=ast.Name(id=tensor), attr="stride"):
                 return self._hoist(tensor, "stride", f"[{arguments[0]}]" if arguments else "")
-        return node
+        return self._read(ast.unparse(node))
 
     def _hoist(self, tensor: str, what: str, index: str) -> ast.expr:
         self.simple = False
         self.hoisted.add(f"{tensor}_{what} = {tensor}.{what}{'()' if what == 'stride' else ''}")
-        return _expression(f"{tensor}_{what}{index}")
+        return self._read(f"{tensor}_{what}{index}")
 
-
-def _expression(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body
+    def _read(self, text: str) -> ast.expr:
+        self.reads.add(text)
+        return ast.parse(text, mode="eval").body
 
 
 def build(
@@ -106,9 +102,12 @@ def key({by_position}):
     {hoist}
     return {key}
 def run({by_position}):
-    if {plain} and not modes():
-        {hoist}
-        function = get({key})
+    if {plain} and not {spec.tensors[0]}.is_meta and not modes():
+        try:
+            {hoist}
+            function = get({key})
+        except Exception:  # wrong input or a bug in a fact: the cold path raises it by name
+            function = None
         if function is not None:
             return function({call})
     return other({by_position})
@@ -131,13 +130,12 @@ def key_parts(spec: Spec, facts: Iterable[Fact]) -> tuple[set[str], list[str]]:
             continue  # decided by the device, which is in the key
         inline = _Inline(spec)
         text = ast.unparse(inline.visit(_facts.quoted(fact.tree)))
-        if inline.derived:
+        hoisted |= inline.hoisted
+        parts += sorted(inline.reads) if inline.simple or inline.derived else [text]
+        if inline.derived:  # all that `sizes` can compute from goes into the key
             hoisted |= {f"{tensor}_shape = {tensor}.shape" for tensor in spec.tensors}
             parts += [f"{tensor}_shape" for tensor in spec.tensors]
             parts += [name for name in spec.parameters if name not in spec.tensors]
-        else:
-            hoisted |= inline.hoisted
-            parts += sorted(inline.leaves) if inline.simple else [text]
     return hoisted, list(dict.fromkeys(parts))
 
 

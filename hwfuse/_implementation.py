@@ -71,13 +71,15 @@ class Implementation:
             try:
                 self.function = getattr(importlib.import_module(self.module), self.op)
             except Exception as error:
-                text = f"{self.id} was chosen for {self.op} but {self.path} cannot be used: {error!r}"
+                text = (
+                    f"{self.id} was chosen for {self.op} but {self.path} cannot be used: {error!r}"
+                )
                 raise BrokenImplementation(text) from error
         return self.function
 
 
 def read(path: Path, spec: Spec, **identity: Any) -> Implementation:
-    """Read an implementation file without importing it.  *identity*: id, vendor, module, packages."""
+    """Read a file without importing it.  *identity*: id, vendor, module, packages."""
     packages = identity.pop("packages")
     implementation = Implementation(op=spec.name, path=path, **identity)
     try:
@@ -85,7 +87,7 @@ def read(path: Path, spec: Spec, **identity: Any) -> Implementation:
         implementation.requires = parse_requires(_literal(tree, "REQUIRES"), spec, packages)
         implementation.copies = _literal(tree, "COPIES")
         _check_signature(tree, spec)
-    except (SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         implementation.problem = f"{path}: {error}"
     return implementation
 
@@ -96,8 +98,15 @@ def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...
         if key not in _KEYS:
             raise ValueError(f"REQUIRES has no key {key!r}{suggestion(key, _KEYS)}")
     for key in ("arch", "packages", "facts"):
-        if not isinstance(data.get(key, ()), tuple | list):
-            raise ValueError(f"REQUIRES[{key!r}] is {data[key]!r}, needs a tuple of strings")
+        check_strings(f"REQUIRES[{key!r}]", data.get(key, ()))
+    for trait in _TRAITS:
+        if not isinstance(data.get(trait, False), bool):
+            raise ValueError(f"REQUIRES[{trait!r}] is {data[trait]!r}, needs a bool")  # noqa: TRY004
+    for arch in data.get("arch", ()):
+        if arch.startswith(("sm", "gfx")) and not _facts.ARCH.fullmatch(arch):
+            raise ValueError(f"{arch!r} is not an arch; write sm90 or gfx942")
+    for requirement in data.get("packages", ()):
+        parse_requirement(requirement)
     facts = tuple(_facts.parse(text) for text in data.get("facts", ()))
     for fact in facts:
         _facts.check_names(fact, spec.vocabulary)
@@ -105,8 +114,14 @@ def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...
         arch=tuple(data.get("arch", ())),
         packages=(*packages, *data.get("packages", ())),
         facts=facts,
-        **{trait: bool(data.get(trait, False)) for trait in _TRAITS},
+        **{trait: data.get(trait, False) for trait in _TRAITS},
     )
+
+
+def check_strings(what: str, value: object) -> None:
+    """Raise ValueError unless *value* is a tuple or list of strings; one string is not."""
+    if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{what} is {value!r}, needs a tuple of strings")
 
 
 def _literal(tree: ast.Module, name: str) -> dict[str, Any]:
@@ -114,7 +129,10 @@ def _literal(tree: ast.Module, name: str) -> dict[str, Any]:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-                value = ast.literal_eval(node.value)
+                try:
+                    value = ast.literal_eval(node.value)
+                except (TypeError, ValueError):
+                    value = ast.unparse(node.value)
                 if not isinstance(value, dict):
                     raise ValueError(f"{name} is {value!r}, needs a literal dict")
                 return value
@@ -144,16 +162,21 @@ def _signature(function: ast.FunctionDef) -> str:
 @functools.cache
 def missing(requirement: str) -> str | None:
     """Say what is wrong with a package requirement such as ``triton>=3.6`` here, or return None."""
-    match = re.fullmatch(r"([\w.-]+?)(?:>=([\d.]+))?", requirement)
-    if match is None:
-        raise ValueError(f"{requirement!r} is not a requirement; write name or name>=1.2")
-    name, minimum = match.groups()
+    name, minimum = parse_requirement(requirement)
     version = _installed(name)
     if version is None:
         return f"needs {requirement}; {name} is not installed"
     if minimum and _numbers(version) < _numbers(minimum):
         return f"needs {requirement}; found {name} {version}"
     return None
+
+
+def parse_requirement(requirement: str) -> tuple[str, str | None]:
+    """Split ``triton>=3.6`` or ``triton`` into name and least version."""
+    match = re.fullmatch(r"([\w.-]+?)(?:>=([\d.]+))?", requirement)
+    if match is None:
+        raise ValueError(f"{requirement!r} is not a requirement; write name or name>=1.2")
+    return match[1], match[2]
 
 
 def _installed(name: str) -> str | None:
@@ -169,4 +192,9 @@ def _installed(name: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+    """Return the release part: 3.6, 3.6.0 and 3.6rc1 are one, 3.10 is more."""
+    release = re.match(r"[\d.]*", version)
+    numbers = [int(number) for number in release[0].split(".") if number] if release else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

@@ -34,7 +34,7 @@ def define(
     name = f"hwfuse::{spec.name}"
     _defined.add(spec.name)  # first: Library.define itself looks the name up
     _library.define(spec.name + spec.schema, tags=_TAGS)
-    _library.impl(spec.name, _kernel(spec, run), "CompositeExplicitAutograd")
+    _library.impl(spec.name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(name, spec.outputs, lib=_library)
     overload = getattr(torch.ops.hwfuse, spec.name).default
     if spec.mutates:
@@ -44,19 +44,6 @@ def define(
             name, _backward(spec, reference), setup_context=_setup_context, lib=_library
         )
     return overload
-
-
-def _kernel(spec: Spec, run: Callable[..., Any]) -> Callable[..., Any]:
-    if not spec.mutates:
-        return run
-
-    def mutate(*args: Any, **kwargs: Any) -> None:
-        run(*args, **kwargs)
-        arguments = spec.bind(args, kwargs)
-        # Autograd must notice if a saved tensor was overwritten; python kernels do not tell it.
-        torch.autograd.graph.increment_version([arguments[name] for name in spec.mutates])
-
-    return mutate
 
 
 def _refuse_gradient(spec: Spec, overload: Any) -> Callable[..., Any]:
@@ -74,32 +61,38 @@ def _refuse_gradient(spec: Spec, overload: Any) -> Callable[..., Any]:
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: Any,  # noqa: ARG001
+    keyword_only_inputs: dict[str, Any] | None = None,  # left out where an op has none
 ) -> None:
     ctx.save_for_backward(*inputs)
-    ctx.keywords = keyword_only_inputs
+    ctx.keywords = keyword_only_inputs or {}
 
 
-def _backward(
-    spec: Spec, reference: Callable[[], Callable[..., Any] | None]
-) -> Callable[..., Any]:
+def _backward(spec: Spec, reference: Callable[[], Callable[..., Any] | None]) -> Callable[..., Any]:
     """Return the gradient: the reference's own autograd on recomputed outputs."""
 
     def backward(ctx: Any, *gradients: Any) -> Any:
         function = reference()
         if function is None:
             raise NotImplementedError(f"{spec.name} has no gradient: it is for inference only")
-        inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+        twice = torch.is_grad_enabled()  # create_graph: this gradient will be differentiated too
+        needs = ctx.needs_input_grad
+        inputs = [
+            t.view_as(t) if twice else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needs, strict=False)
+        ]
         with torch.enable_grad():
             outputs = function(*inputs, **ctx.keywords)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-        wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-        )
+        pairs = zip(outputs, gradients, strict=True)
+        pairs = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
+        used, seeds = [o for o, _ in pairs], [g for _, g in pairs]
+        wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+        found = torch.autograd.grad(used, wanted, seeds, create_graph=twice, allow_unused=True)
         answers = iter(found)
-        return tuple(next(answers) if need else None for need in ctx.needs_input_grad)
+        return tuple(next(answers) if need else None for need in needs)
 
     return backward
 
@@ -124,4 +117,4 @@ class _Namespace(torch._ops._OpNamespace):
 
 def install_namespace(create: Callable[[str], Any]) -> None:
     """Make ``torch.ops.hwfuse.<op>`` call *create* the first time an op's name is used."""
-    torch.ops.hwfuse = _Namespace(create)
+    torch.ops.hwfuse = _Namespace(create)  # type: ignore[attr-defined]

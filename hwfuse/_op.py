@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,23 +14,16 @@ from torch.nn import Parameter
 from hwfuse import _device, _facts, _guard, _node, _select, _spec, _state
 from hwfuse._decision import Decision
 from hwfuse._device import Target, fp8_dtype
-from hwfuse._errors import (
-    ColdCallInCapture,
-    HwfuseError,
-    InputError,
-    NoImplementation,
-    PinnedUnavailable,
-)
+from hwfuse._errors import ColdCallInCapture, HwfuseError, InputError
 from hwfuse._facts import Fact
 from hwfuse._implementation import REFERENCE
+from hwfuse._plugins import Registry
 from hwfuse._policy import Order
 from hwfuse._select import Call
 from hwfuse._spec import Spec
 
-_TABLE_LIMIT = 4096  # entries; reached only by facts about derived sizes, whose key is raw shapes
 _is_tracing = torch.compiler.is_dynamo_compiling
 _ops: dict[str, Op] = {}
-_lock = threading.RLock()
 
 
 class Op:
@@ -40,8 +32,7 @@ class Op:
     spec: Spec
     node: Any
     _run: Callable[..., Any]
-    _key: Callable[..., tuple[Any, ...]]
-    _table: dict[tuple[Any, ...], Callable[..., Any]]
+    _memo: tuple[Callable[..., tuple[Any, ...]], dict[tuple[Any, ...], Callable[..., Any]]]
     _facts: frozenset[Fact]
 
     def __init__(self, spec: Spec) -> None:
@@ -49,6 +40,10 @@ class Op:
         self._reset()
         _state.listeners.append(self._reset)
         self.node = _node.define(spec, self._run_node, self._differentiable)
+
+    if TYPE_CHECKING:  # the real one is generated per op, with the op's own signature
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def __repr__(self) -> str:
         return f"hwfuse.op({self.spec.name!r})"
@@ -58,8 +53,7 @@ class Op:
 
     def using(self, *ids: str) -> Callable[..., Any]:
         """Return this op with an order of its own: one id pins, several are an order."""
-        value = ids[0] if len(ids) == 1 else ids
-        items = ((self.spec.name, value),)
+        orders = {self.spec.name: ids[0] if len(ids) == 1 else ids}
 
         @functools.wraps(self.spec.function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -68,7 +62,7 @@ class Op:
                     f"{self!r}.using(…) cannot be traced; put hwfuse.using(…) around the compiled "
                     "call: it acts on compiled code at once"
                 )
-            with scope(items, "op.using"):
+            with scope(orders, "op.using"):
                 return self(*args, **kwargs)
 
         return call
@@ -83,26 +77,29 @@ class Op:
 
         return _bind.bind(self, torch.device(device), constants)
 
-    def decide(self, arguments: Mapping[str, Any], **overrides: Any) -> tuple[Decision, Order, Call]:
+    def decide(
+        self, arguments: Mapping[str, Any], registry: Registry | None = None, **overrides: Any
+    ) -> tuple[Decision, Order, Call]:
         """Select for one call; raises only what `sizes` or a fact raises."""
-        call = make_call(self.spec, arguments, **overrides)
+        # Where the op has no gradient, no implementation is refused for the lack of one.
+        needs_gradient = self._wants_gradient(arguments) and self._differentiable() is not None
+        call = make_call(self.spec, arguments, needs_gradient=needs_gradient, **overrides)
         order = _state.policy().order(self.spec.name, call.values)
-        return _select.select(call, order, _state.registry()), order, call
+        return _select.select(call, order, registry or _state.registry()), order, call
 
     def _reset(self) -> None:
         self._install(frozenset())
 
     def _install(self, facts: frozenset[Fact]) -> None:
         run, key, table = _guard.build(self.spec, facts, _state.context.get, self._other)
-        self._facts, self._key, self._table, self._run = facts, key, table, run
+        with _state.lock:  # key and table belong together: read and write them as one
+            self._facts, self._memo, self._run = facts, (key, table), run
 
     def _other(self, *values: Any) -> Any:
         """Take a call the guard let through: its first of this kind, or not plain tensors."""
         arguments = dict(zip(self.spec.parameters, values, strict=True))
-        for name in self.spec.tensors:
-            if not isinstance(arguments[name], Tensor):
-                raise InputError(name, f"a {type(arguments[name]).__name__}", "a torch.Tensor")
-        plain = all(type(arguments[name]) in (Tensor, Parameter) for name in self.spec.tensors)
+        tensors = _tensors(self.spec, arguments)
+        plain = all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)
         if plain and not _guard.mode_depth():
             args, kwargs = self.spec.split(arguments)
             return self._choose(arguments)(*args, **kwargs)
@@ -112,7 +109,8 @@ class Op:
     def _run_node(self, *args: Any, **kwargs: Any) -> Any:
         """Run the node: the same table, without the look for subclasses and modes."""
         arguments = self.spec.bind(args, kwargs)
-        function = self._table.get(self._key(*arguments.values())) or self._choose(arguments)
+        key, table = self._memo
+        function = table.get(key(*arguments.values())) or self._choose(arguments)
         return function(*args, **kwargs)
 
     def _resolved(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,42 +120,42 @@ class Op:
 
     def _choose(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
         """Decide, remember and return the function for this call and all that are like it."""
-        needs_gradient = torch.is_grad_enabled() and any(
-            arguments[name].requires_grad for name in self.spec.tensors
-        )
-        if needs_gradient and self._differentiable() is None:
+        memo = self._memo
+        if self._wants_gradient(arguments) and self._differentiable() is None:
             # The node's autograd kernel raises in backward; forward must work without no_grad.
             self.spec.sizes(**arguments)
             return self._with_dtype(self.node, arguments)
-        decision, order, call = self.decide(arguments)
+        registry = _state.registry()  # one for all of this: another thread may configure
+        decision, order, call = self.decide(arguments, registry)
         _refuse_capture(self.spec.name, arguments[self.spec.tensors[0]])
-        if not decision.chosen:
-            raise _unavailable(decision, order)
-        _announce(decision)
-        function = _state.registry().implementations(self.spec.name)[decision.chosen].load()
-        function = self._with_dtype(_on_its_device(function, arguments, self.spec), arguments)
+        _state.settle(decision, order)
+        function = registry.implementations(self.spec.name)[decision.chosen].load()
+        device = arguments[self.spec.tensors[0]].device  # whether it is current is in the key
+        function = self._with_dtype(_device.on(device, function), arguments)
+        if self.spec.mutates:
+            function = _telling_autograd(function, self.spec)
         for recorder in _state.recorders:
             function = recorder.counting(function, self.spec.name, decision.chosen)
-        self._remember(arguments, function, decision, self._deciding(order, call))
+        facts = _select.deciding_facts(call, order, registry)
+        facts.update(_state.policy().facts(self.spec.name))
+        self._remember(arguments, function, frozenset(facts), memo)
+        _state.first_use(decision)
         return function
-
-    def _deciding(self, order: Order, call: Call) -> frozenset[Fact]:
-        facts = _select.deciding_facts(call, order, _state.registry())
-        return frozenset((*facts, *_state.policy().facts(self.spec.name)))
 
     def _remember(
         self,
         arguments: Mapping[str, Any],
         function: Callable[..., Any],
-        decision: Decision,
         facts: frozenset[Fact],
+        memo: tuple[Any, Any],
     ) -> None:
-        with _lock:
-            if not facts <= self._facts or len(self._table) >= _TABLE_LIMIT:
+        with _state.lock:
+            if self._memo is not memo:
+                return  # policy or facts changed while this call was decided: decide again
+            if not facts <= self._facts or len(memo[1]) >= _guard.TABLE_LIMIT:
                 self._install(self._facts | facts)
-            key = self._key(*arguments.values())
-            self._table[key] = function
-        _state.first_use(decision, key)
+            key, table = self._memo
+            table[key(*arguments.values())] = function
 
     def _with_dtype(
         self, function: Callable[..., Any], arguments: Mapping[str, Any]
@@ -172,6 +170,10 @@ class Op:
             return function(*args, **kwargs)
 
         return call
+
+    def _wants_gradient(self, arguments: Mapping[str, Any]) -> bool:
+        tensors = _tensors(self.spec, arguments)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
     def _differentiable(self) -> Callable[..., Any] | None:
         reference = _state.registry().implementations(self.spec.name).get(REFERENCE)
@@ -193,7 +195,7 @@ def op(name: str) -> Op:
 
 
 def _create(name: str) -> Op:
-    with _lock:
+    with _state.lock:
         if name not in _ops:
             spec = _spec.load(name)
             # A class per op, so that its call has the op's own signature; never changed again,
@@ -203,6 +205,13 @@ def _create(name: str) -> Op:
     return _ops[name]
 
 
+def _tensors(spec: Spec, arguments: Mapping[str, Any]) -> list[Tensor]:
+    for name in spec.tensors:
+        if not isinstance(arguments[name], Tensor):
+            raise InputError(name, f"a {type(arguments[name]).__name__}", "a torch.Tensor")
+    return [arguments[name] for name in spec.tensors]
+
+
 def make_call(
     spec: Spec,
     arguments: Mapping[str, Any],
@@ -210,7 +219,7 @@ def make_call(
     target: Target | None = None,
     absent: bool = False,
     pretended: bool | None = None,
-    needs_gradient: bool | None = None,
+    needs_gradient: bool = False,
 ) -> Call:
     """Check the call's arguments with `sizes` and collect what selection looks at."""
     first = arguments[spec.tensors[0]]
@@ -221,9 +230,6 @@ def make_call(
     real = target or _device.target_of(first.device)
     options = {k: _facts.show(v) for k, v in values.items() if k not in spec.tensors}
     dtypes = {f"{name}.dtype": _facts.show(arguments[name].dtype) for name in spec.tensors}
-    if needs_gradient is None:
-        tensors = [arguments[name] for name in spec.tensors]
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return Call(
         op=spec.name,
         target=real,
@@ -248,16 +254,16 @@ def explain(name: str, *args: Any, device: str | None = None, **kwargs: Any) -> 
     """
     this = op(name)
     if args or set(kwargs) & set(this.spec.tensors):
+        if device is not None:
+            raise InputError("device", repr(device), "none beside tensors, which lie on one")
         return this.decide(this.spec.bind(args, kwargs))[0]
-    if device is None or device.partition(":")[2].isdigit() or device == "cuda":
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        target, absent = _device.target_of(torch.device(place)), False
-    else:
-        target, absent = _device.parse(device), device != "cpu"
+    here = _device.here(device)
+    target = here or _device.parse(str(device))
+    pretended = here is None or here == _device.pretended.get()
     token = _device.pretended.set(target)
     try:
         arguments = inputs(this.spec, device="meta", **kwargs)
-        return this.decide(arguments, target=target, absent=absent, pretended=absent)[0]
+        return this.decide(arguments, target=target, absent=here is None, pretended=pretended)[0]
     finally:
         _device.pretended.reset(token)
 
@@ -266,15 +272,18 @@ def inputs(spec: Spec, **keywords: Any) -> dict[str, Any]:
     """Call the spec's `make_inputs`; all arguments by name, defaults filled in."""
     try:
         args, kwargs = spec.split(spec.make_inputs(**keywords))
-    except TypeError as error:
-        raise InputError(f"{spec.name}.make_inputs", error, "its own keywords") from error
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        needed = "its own keywords, with sizes that fit each other"
+        raise InputError(f"{spec.name}.make_inputs", error, needed) from error
     return spec.bind(args, kwargs)
 
 
 @contextmanager
-def scope(items: tuple[tuple[str, tuple[str, ...] | str], ...], origin: str) -> Iterator[None]:
-    """Enter a policy for this context only; *items*: op (or ``*``) to a pin or an order."""
-    token = _state.context.set(_state.using_policy(_state.context.get(), items, origin))
+def scope(orders: Mapping[str, Any], origin: str) -> Iterator[None]:
+    """Enter a policy for this context only; *orders*: op (or ``*``) to a pin or an order."""
+    lists = {op: tuple(ids) if isinstance(ids, list) else ids for op, ids in orders.items()}
+    policy = _state.using_policy(_state.context.get(), tuple(sorted(lists.items())), origin)
+    token = _state.context.set(policy)
     try:
         yield
     finally:
@@ -289,44 +298,13 @@ def _refuse_capture(name: str, tensor: Tensor) -> None:
         )
 
 
-def _unavailable(decision: Decision, order: Order) -> NoImplementation:
-    hint = f"more: python -m hwfuse explain {decision.op}"
-    if order.pin:
-        text = f"{order.ids[0]} is pinned by {order.origin} and cannot take this call"
-        return PinnedUnavailable(f"{text}\n{decision}\n{hint}", decision)
-    return NoImplementation(f"nothing can take this call\n{decision}\n{hint}", decision)
+def _telling_autograd(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    """Wrap an in-place kernel: autograd must notice if it overwrote a tensor saved for backward."""
+    indices = [spec.parameters.index(name) for name in spec.mutates]
 
-
-def _announce(decision: Decision) -> None:
-    """Tell of missed preferences as `on_miss` says, and of the reference on an accelerator."""
-    how, origin = _state.policy().on_miss
-    hint = f"more: python -m hwfuse explain {decision.op}"
-    if decision.misses and how == "error":
-        text = f"{', '.join(decision.misses)} was preferred and cannot run (on_miss, {origin})"
-        raise NoImplementation(f"{text}\n{decision}\n{hint}", decision)
-    if how == "silent" or decision.pretended:
-        return
-    for missed in decision.misses:
-        reasons = "; ".join(decision.rejected[missed])
-        text = f"{decision.op}: {missed} is missed, {decision.chosen} runs: {reasons}. {hint}"
-        _state.announce((decision.op, missed, decision.origin), text)
-    if decision.chosen == REFERENCE and decision.facts["target"] != "cpu":
-        where = decision.facts["target"]
-        text = f"{decision.op} runs the reference on {where}, which is slow. {hint}"
-        _state.announce((decision.op, "reference"), text)
-
-
-def _on_its_device(
-    function: Callable[..., Any], arguments: Mapping[str, Any], spec: Spec
-) -> Callable[..., Any]:
-    """Wrap the call when another device than the tensors' is current; the memo key holds which."""
-    device = arguments[spec.tensors[0]].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return function
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(device):
-            return function(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs)
+        torch.autograd.graph.increment_version([args[index] for index in indices])
 
     return call
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import pluggy
 
 from hwfuse import _implementation, _spec
+from hwfuse._device import VENDORS
 from hwfuse._implementation import Implementation
 
 GROUP = "hwfuse"
@@ -38,6 +40,15 @@ class Backend:
     package: str
     vendor: str | None
     providers: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.providers):
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"{name!r} cannot be part of an id; needs letters, digits, _ or -")
+        for provider, packages in self.providers.items():
+            _implementation.check_strings(f"providers[{provider!r}]", packages)
+            for requirement in packages:
+                _implementation.parse_requirement(requirement)
 
 
 class _Hooks:
@@ -86,9 +97,13 @@ class Registry:
         del self._extra[implementation.op][implementation.id]
 
     def vendor_of(self, identifier: str) -> str | None:
-        """Return the vendor of the id's backend; None if it serves all or is not loaded."""
-        backend = self.backends.get(identifier.partition("/")[0])
-        return backend.vendor if backend else None
+        """Return the vendor of the id's backend; None if it serves all or is a stranger's."""
+        for found in self._extra.values():
+            if identifier in found:
+                return found[identifier].vendor
+        name = identifier.partition("/")[0]
+        # Ours are known even if blocked or broken: on AMD a blocked cuda is not missed.
+        return self.backends[name].vendor if name in self.backends else VENDORS.get(name)
 
     def unusable(self, identifier: str) -> str | None:
         """Say why a well-formed id has no loaded backend, or return None."""
@@ -102,15 +117,20 @@ class Registry:
         return f"backend {name} is not installed"
 
 
-def load(block: Mapping[str, str]) -> Registry:
-    """Load all plugins but the blocked ones.  *block*: plugin name to who blocked it."""
-    registry = Registry(blocked=dict(block))
+def load(block: Mapping[str, str], added: dict[str, dict[str, Implementation]]) -> Registry:
+    """Load all plugins but the blocked ones.
+
+    Args:
+        block: plugin name to who blocked it.
+        added: what `Registry.add` adds; registries share it, so it outlives a change of *block*.
+    """
+    registry = Registry(blocked=dict(block), _extra=added)
     for entry in _entry_points():
         if entry.name in block:
             continue
         try:
             _load_one(registry, entry)
-        except Exception as error:  # a stranger's code; named, kept for doctor, stops nobody else
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's code: kept for doctor
             registry.problems[entry.name] = f"{type(error).__name__}: {error}"
             registry.tracebacks[entry.name] = traceback.format_exc()
     return registry
@@ -134,6 +154,8 @@ def _load_one(registry: Registry, entry: importlib.metadata.EntryPoint) -> None:
     backend = answers[0]
     if backend.name != entry.name:
         raise ValueError(f"entry point {entry.name!r} gave a backend called {backend.name!r}")
+    if importlib.util.find_spec(backend.package) is None:
+        raise ModuleNotFoundError(f"its package {backend.package!r} cannot be imported")
     if backend.name in registry.backends:
         raise ValueError(f"two plugins are called {entry.name!r}: {entry.value} came second")
     registry.backends[backend.name] = backend

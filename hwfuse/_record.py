@@ -17,14 +17,22 @@ class Record:
 
     Attributes:
         calls: How often each (op, implementation id) ran, also from compiled code.
-        decisions: One decision for each kind of call.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.decisions: list[Decision] = []
+        self._kinds: dict[tuple[Any, ...], Decision] = {}
         self._open = True
         self._lock = threading.Lock()
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """One decision for each kind of call."""
+        return list(self._kinds.values())
+
+    def note(self, decision: Decision) -> None:
+        """Keep the decision if it is the first of its kind."""
+        self._kinds.setdefault(decision.kind, decision)
 
     def counting(self, function: Callable[..., Any], op: str, chosen: str) -> Callable[..., Any]:
         """Return *function* with a counter in front."""

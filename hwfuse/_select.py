@@ -11,7 +11,7 @@ from hwfuse._device import Target
 from hwfuse._facts import Fact
 from hwfuse._implementation import REFERENCE, Implementation, missing
 from hwfuse._plugins import Registry
-from hwfuse._policy import REST, Order
+from hwfuse._policy import BUILT_IN_ORDER, REST, Order
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Call:
     """What selection knows of a call.
 
     `values`: arguments, sizes, arch, vendor by name.  `absent`: nothing will run, the hardware is
-    elsewhere.  `unknown`: names that are not known yet (`Op.bind`).
+    elsewhere.  `unknown`: what facts may read and is not known yet (`Op.bind`).
     """
 
     op: str
@@ -45,12 +45,14 @@ def select(call: Call, order: Order, registry: Registry) -> Decision:
             rejected[identifier] = reasons
         else:
             able.append(identifier)
-    for identifier in (*implementations, *registry.ids()):
+    for identifier in (*order.named, *implementations, *registry.ids()):
         if identifier not in ranked:
             rejected.setdefault(identifier, (_left_out(identifier, call, order, registry),))
     chosen = able[0] if able else ""
     before = ranked.index(chosen) if chosen else len(ranked)
-    misses = [i for i in ranked[:before] if i in order.named and order.origin != "built-in"]
+    # An order for all ops names ids that some ops do not have: that is no refusal.
+    could_miss = [i for i in order.named
+                  if i in implementations or registry.unusable(i) or order.op != "*"]  # fmt: skip
     return Decision(
         op=call.op,
         chosen=chosen,
@@ -59,17 +61,17 @@ def select(call: Call, order: Order, registry: Registry) -> Decision:
         origin=order.origin,
         facts=call.facts,
         pretended=call.pretended,
-        misses=tuple(misses),
+        misses=tuple(i for i in ranked[:before] if i in could_miss),
         notes=_notes(implementations.get(chosen), call),
     )
 
 
 def ranking(call: Call, order: Order, registry: Registry) -> list[str]:
-    """Return the ids that compete for a call, most preferred first; the reference is always last."""
+    """Return the ids that compete for a call, most preferred first; the reference stands last."""
     ranked = list(order.named)
     if order.ids[-1] == REST:
-        ranked += [i for i in registry.ids() if i not in ranked]
-        ranked += [i for i in registry.implementations(call.op) if i not in ranked]
+        rest = (*BUILT_IN_ORDER[:-1], *registry.ids(), *registry.implementations(call.op))
+        ranked = list(dict.fromkeys((*ranked, *rest)))
     if not order.pin and REFERENCE not in order.named:
         ranked = [i for i in ranked if i != REFERENCE] + [REFERENCE]
     return [i for i in ranked if _serves(registry.vendor_of(i), call.target)]
@@ -132,7 +134,7 @@ def _standing(implementation: Implementation, call: Call, *, named: bool) -> lis
 def _fact_reasons(facts: Sequence[Fact], call: Call) -> list[str]:
     reasons = []
     for fact in facts:
-        if fact.names & call.unknown:
+        if fact.reads & call.unknown:
             reasons.append(f"not known yet whether {fact.source}")
         elif not fact.holds(call.values):
             reasons.append(fact.reason(call.values))

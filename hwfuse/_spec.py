@@ -25,7 +25,7 @@ def names() -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """An op's contract.  `tensors` are its tensor arguments, `dims` the names of their dimensions."""
+    """An op's contract.  `tensors`: its tensor arguments; `dims`: the names of their dimensions."""
 
     name: str
     function: Callable[..., Any]

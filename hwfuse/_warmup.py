@@ -12,7 +12,11 @@ from hwfuse._decision import Decision
 
 
 def warmup(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **sizes: Any
+    name: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: Any,
 ) -> list[Decision]:
     """Run an op once at each size, so that nothing is decided or compiled later.
 
@@ -38,6 +42,6 @@ def warmup(
         arguments = _op.inputs(this.spec, device=place, **options, **chosen)
         args, kwargs = this.spec.split(arguments)
         with torch.no_grad():
-            this(*args, **kwargs)  # type: ignore[operator]
+            this(*args, **kwargs)
         decisions.append(this.decide(arguments)[0])
     return decisions

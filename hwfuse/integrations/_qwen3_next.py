@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hwfuse
-from hwfuse.integrations._rewrite import Edit, Rule
+from hwfuse.integrations._rewrite import Edit, Rule, Use
 
 # The two linears stay the model's own, with their hooks, adapters, quantised weights and TP plans.
 STOCK = """
@@ -66,22 +66,24 @@ def _objection(module: Any) -> str | None:
     return None
 
 
-def _example(module: Any) -> dict[str, Any]:
-    return {
+def _use(module: Any, _pack: str) -> Use:
+    sizes = {
         "num_k_heads": module.num_k_heads,
         "num_v_heads": module.num_v_heads,
         "head_k_dim": module.head_k_dim,
         "head_v_dim": module.head_v_dim,
         "dtype": module.conv1d.weight.dtype,
     }
+    return Use("the model's own linears, then one copy", (("fused_qkvzba", sizes),))
 
 
 RULE = Rule(
     name="qwen3-next",
     version=1,
     classes=("Qwen3NextGatedDeltaNet",),
+    ops=("fused_qkvzba",),
     edits=(Edit(STOCK, FUSED),),
     methods=(hwfuse_split,),
+    use=_use,
     objection=_objection,
-    examples=(("fused_qkvzba", _example),),
 )

@@ -14,7 +14,7 @@ import functools
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -35,32 +35,71 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """What another class's `forward` does after the edited statements, as a static method.
+
+    Attributes:
+        name: of the method; its arguments are those of `forward`.
+        owner: name of the class, in the module of the rewritten one.
+        edit: the change to the text of the owner's `forward`, whose class stays as it is.
+    """
+
+    name: str
+    owner: str
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one rewritten instance does.
+
+    Attributes:
+        mode: in words, for the report.
+        calls: each op that it calls, with the sizes of the call: keywords of the op's `make_inputs`.
+    """
+
+    mode: str
+    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+def _never(_module: Any) -> None:
+    """Object to nothing."""
+
+
+def _nothing(_module: Any) -> dict[str, Sequence[Any]]:
+    """Pack nothing."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Rule:
     """How one family of classes is rewritten.
 
     Attributes:
         name, version: what the report shows; the version goes up when the rule's text changes.
         classes: names of the classes it is written for; a class matches by any name in its MRO.
+        ops: what rewritten instances may call.
         edits: changes to the text of `forward`.
         methods: added to the subclass, for the replacement to call.
+        use: what an instance does under a value of `patch`'s argument *pack*.
+        tails: more methods, made of the text of other classes.
         objection: looks at one instance and says why it cannot be rewritten, or None.  It covers
             what the edits take for granted and the text of `forward` does not show.
-        examples: for each op that the methods call, its name and a function from one instance to
-            the sizes of its calls, as keywords of the op's `make_inputs`.
+        packs: linears of an instance that can be one GEMM, by the attribute that holds it.
+        needs_packs: whether a class whose linears cannot be packed is better left alone.
     """
 
     name: str
     version: int
     classes: tuple[str, ...]
+    ops: tuple[str, ...]
     edits: tuple[Edit, ...]
     methods: tuple[Callable[..., Any], ...]
-    objection: Callable[[Any], str | None]
-    examples: tuple[tuple[str, Callable[[Any], dict[str, Any]]], ...]
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """The hwfuse ops that a rewritten class calls."""
-        return tuple(op for op, _ in self.examples)
+    use: Callable[[Any, str], Use]
+    tails: tuple[Tail, ...] = ()
+    objection: Callable[[Any], str | None] = _never
+    packs: Callable[[Any], Mapping[str, Sequence[Any]]] = _nothing
+    needs_packs: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} v{self.version}"
@@ -75,19 +114,26 @@ def rewritten_class(cls: Any, rule: Rule) -> type:
     Raises:
         SourceChanged: the text is not what the rule expects, or cannot be read.
     """
-    return _rewritten_class(cls, rule, cls.forward)
+    scope = getattr(inspect.unwrap(cls.forward), "__globals__", {})
+    owners = (scope.get(tail.owner) for tail in rule.tails)
+    return _rewritten_class(cls, rule, cls.forward, *(getattr(o, "forward", o) for o in owners))
 
 
 @functools.cache
-def _rewritten_class(cls: Any, rule: Rule, forward: Any) -> type:
+def _rewritten_class(cls: Any, rule: Rule, forward: Any, *others: Any) -> type:
+    tails = {
+        tail.name: staticmethod(_rewritten_method(tail.owner, other, rule, (tail.edit,)))
+        for tail, other in zip(rule.tails, others, strict=True)
+    }
     members: dict[str, Any] = {method.__name__: method for method in rule.methods} | {
+        **tails,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce_as_rewritten,
         "_hwfuse_rule": rule,
         "_hwfuse_stock": cls,
-        "forward": _rewritten_method(cls.__qualname__, forward, rule),
+        "forward": _rewritten_method(cls.__qualname__, forward, rule, rule.edits),
     }
     return type(cls.__name__, (cls,), members)
 
@@ -115,7 +161,7 @@ def _new_rewritten(stock: type, rule: Rule) -> object:
     return made
 
 
-def _rewritten_method(owner: str, method: Any, rule: Rule) -> Any:
+def _rewritten_method(owner: str, method: Any, rule: Rule, edits: tuple[Edit, ...]) -> Any:
     """Compile the edited text in the method's own module, decorators included."""
     wrappers = 0
     while hasattr(method, "__wrapped__"):
@@ -133,7 +179,7 @@ def _rewritten_method(owner: str, method: Any, rule: Rule) -> Any:
         raise SourceChanged(f"{where}: rule {rule} cannot move uses of {code.co_freevars}")
     if wrappers > len(_definition(_parse(lines)).decorator_list):
         raise SourceChanged(f"{where}: wrapped after its class was made, which {rule} would undo")
-    for edit in rule.edits:
+    for edit in edits:
         lines = _edited(lines, edit, f"{where}: rule {rule}")
 
     # The model's file name and line numbers stay, so a traceback points into the model's code.

@@ -18,8 +18,9 @@ from hwfuse.ops import fused_qkvzba as spec
 _TILE = 2048
 _WARPS = 4
 _LOGITS = 512
-# Above this many programs an early start of the next kernel only takes their place on the device.
-_PDL_PROGRAMS = 1024
+# Programmatic dependent launch saves 0.3-0.8 us on an H200 up to here (512 tokens of any shape);
+# with many more programs the early start of the next kernel only takes their place on the device.
+_PDL_PROGRAMS = 8192
 _MAX_HEADS = 2**31 - 2**20  # of a section, over all rows: they are numbered in 32 bits
 
 

@@ -1,0 +1,3 @@
+from hwfuse.testing import parity_tests
+
+test_parity = parity_tests("acme")
