@@ -15,7 +15,7 @@ help: ## list the words
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
 demo: .venv/example ## run a small Qwen3-Next with and without hwfuse, on this machine
-	$(RUN) hwfuse demo
+	PYTHONPATH='$(CURDIR)/.venv/example' $(RUN) hwfuse demo
 
 # No plugins of the outer Python: under `filterwarnings = error` their warnings stop the run.
 test: .venv/ready ## run all tests, in two processes
@@ -39,14 +39,20 @@ format: .venv/ready ## rewrite the files as lint wants them
 clean: ## remove .venv and the caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
+# A venv holds its own path: after the checkout has moved, make it again.
+ifneq ($(shell cat .venv/ready 2>/dev/null),$(CURDIR))
+.PHONY: .venv/ready
+endif
 .venv/ready: pyproject.toml constraints.txt .ci/setup_venv.py
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Wrong Python: hwfuse needs 3.11 or newer, with venv; $(PYTHON) is `$(PYTHON) -V 2>&1`"; \
 		echo "Name another one, e.g. make PYTHON=python3.12 (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@$(PYTHON) .ci/setup_venv.py
-	@touch $@
+	@echo '$(CURDIR)' >$@
 
+# Not among the venv's packages: the tests expect our own backends and no others.
 .venv/example: .venv/ready $(shell find $(EXAMPLE) -type f)
-	@$(RUN) pip install --no-deps --no-build-isolation ./$(EXAMPLE) >>.venv/pip.log 2>&1 \
+	@rm -rf $@
+	@$(RUN) pip install --no-deps --no-build-isolation --target $@ ./$(EXAMPLE) >>.venv/pip.log 2>&1 \
 		|| { tail -n 20 .venv/pip.log; exit 1; }
 	@touch $@

@@ -12,7 +12,8 @@ import yaml
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from hwfuse import _cli, _policy, _state
+import hwfuse
+from hwfuse import _cli, _policy_file
 
 _FENCE = re.compile(r"^ *```(\S*)", re.MULTILINE)
 _KNOWN = {"python", "yaml", "console", "text", "make", ""}  # "": a closing fence
@@ -39,7 +40,7 @@ def run_console(example: Example) -> None:
 def read_policy(example: Example) -> None:
     """Read a YAML block as a policy; ids of plugins that are not installed are allowed."""
     assert yaml.safe_load(example.parsed) is not None
-    _policy.from_yaml(example.parsed, str(example.path))
+    _policy_file.from_yaml(example.parsed, str(example.path))
 
 
 def check_targets(example: Example) -> None:
@@ -51,12 +52,12 @@ def check_targets(example: Example) -> None:
 
 def setup(namespace: dict[str, object]) -> None:
     """Start from the built-in policy."""
-    _state.configure()
+    hwfuse.configure()
 
 
 def teardown(namespace: dict[str, object]) -> None:
     """Drop what the document configured."""
-    _state.configure()
+    hwfuse.configure()
 
 
 class Checked(Document):

@@ -73,7 +73,7 @@ def is_suitable(name: str, version: str | None) -> bool:
 
 def make_venv(*, with_outer_packages: bool) -> None:
     """Make the venv, or keep the one that was made in the same way."""
-    made_with = f"{sys.executable} {sys.version} outer={with_outer_packages}"
+    made_with = f"{VENV} {sys.executable} {sys.version} outer={with_outer_packages}"
     record = VENV / "made-with"
     if record.is_file() and record.read_text() == made_with:
         return

@@ -12,10 +12,9 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from hwfuse import _state, layouts
+from hwfuse import _state
 from hwfuse._decision import Decision
 from hwfuse._device import fp8_dtype
 from hwfuse._errors import (
@@ -31,15 +30,16 @@ from hwfuse._errors import (
     UnknownImplementation,
     UnknownOp,
 )
-from hwfuse._op import Op, explain, op, scope
+from hwfuse._op import Op, op
 from hwfuse._plugins import Backend, hookimpl
-from hwfuse._record import record
 from hwfuse._spec import names as op_names
-from hwfuse._state import configure
-from hwfuse._warmup import warmup
 
 if TYPE_CHECKING:
-    from hwfuse import integrations, packing, testing
+    from hwfuse import integrations, layouts, nn, packing, testing
+    from hwfuse._explain import explain
+    from hwfuse._record import record
+    from hwfuse._using import configure, using
+    from hwfuse._warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -65,6 +65,7 @@ __all__ = [
     "hookimpl",
     "integrations",
     "layouts",
+    "nn",
     "op",
     "op_names",
     "packing",
@@ -75,28 +76,27 @@ __all__ = [
 ]
 
 
-def using(*everything: str, **ops: str | list[str]) -> AbstractContextManager[None]:
-    """Choose implementations for a block of code, in this thread or task only.
-
-    Args:
-        *everything: One id for all ops (a pin), or several (an order).
-        **ops: Op name to an id, which pins, or to a list of ids, which is an order.
-
-    Raises:
-        ConfigError: An op or id is unknown.
-    """
-    orders: dict[str, Any] = dict(ops)
-    if everything:
-        orders["*"] = everything[0] if len(everything) == 1 else everything
-    return scope(orders, "hwfuse.using")
-
-
 def decisions() -> list[Decision]:
     """Return what this process has used: one decision per op and kind of call, at first use."""
     return list(_state.decisions.values())
 
 
+# Loaded when first used, so that one call loads what one call needs.
+_LATER = {
+    "configure": "hwfuse._using",
+    "explain": "hwfuse._explain",
+    "record": "hwfuse._record",
+    "using": "hwfuse._using",
+    "warmup": "hwfuse._warmup",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("integrations", "packing", "testing"):
-        return importlib.import_module(f"hwfuse.{name}")
-    raise AttributeError(f"module 'hwfuse' has no attribute {name!r}")
+    if name in _LATER:
+        value = getattr(importlib.import_module(_LATER[name]), name)
+    elif name in ("integrations", "layouts", "nn", "packing", "testing"):
+        value = importlib.import_module(f"hwfuse.{name}")
+    else:
+        raise AttributeError(f"module 'hwfuse' has no attribute {name!r}")
+    globals()[name] = value
+    return value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwfuse import _device, _facts, _guard, _select, _state
+from hwfuse import _cuda, _device, _facts, _guard, _select, _state
 from hwfuse._errors import InputError, suggestion
 from hwfuse._facts import Fact
 from hwfuse._select import Call
@@ -53,8 +53,8 @@ def bind(op: Op, device: torch.device, constants: Mapping[str, Any]) -> Callable
         options["dtype"] = call.values["dtype"]
     function = implementation.load()
     checks = [f for f in implementation.requires.facts if not f.names <= _facts.DEVICE_NAMES]
-    if checks or _device.is_one_of_many(device):
-        guarded = _guarded(op.spec, function, checks, _device.with_index(device), call)
+    if checks or _is_one_of_many(device):
+        guarded = _guarded(op.spec, function, checks, _with_index(device), call)
         function = functools.partial(guarded, **options)
     else:
         function = _with_defaults(function, options)
@@ -129,10 +129,23 @@ def _guarded(
                 raise InputError(spec.name, fact.reason(known), "what was promised to bind")
         if len(table) >= _guard.TABLE_LIMIT:
             table.clear()
-        table[key(*values)] = launched = _device.on(device, function)
+        launched = _cuda.on(device, function) if device.type == "cuda" else function
+        table[key(*values)] = launched
         args, kwargs = spec.split(arguments)
         return launched(*args, **kwargs)
 
     run, key, table = _guard.build(spec, facts, lambda: None, check)
     call = _guard.entrance(spec, lambda: False)
     return functools.partial(call, types.SimpleNamespace(_run=run))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Return *device* with the index that ``cuda`` alone means now."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _is_one_of_many(device: torch.device) -> bool:
+    """Tell whether another device of this kind may be current when a kernel is launched."""
+    return device.type == "cuda" and torch.cuda.device_count() > 1

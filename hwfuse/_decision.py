@@ -42,34 +42,12 @@ class Decision:
         return (*call, self.chosen, self.passed_over, *needs)
 
     def __str__(self) -> str:
-        pretended = " (pretended)" if self.pretended else ""
-        lines = [f"{self.op} on {self.facts['target']}{pretended}, order from {self.origin}"]
-        known = [f"{name}={value}" for name, value in self.facts.items() if name != "target"]
-        lines.append("  call: " + " ".join(known))
-        width = max(map(len, (self.chosen, *self.passed_over, *self.rejected)), default=0)
-        if self.chosen:
-            lines.append(f"  chosen    {self.chosen}")
-        lines += [f"  could run {name:{width}}  ranked lower" for name in self.passed_over]
-        for name, reasons in self.rejected.items():
-            lines.append(f"  rejected  {name:{width}}  {reasons[0]}")
-            lines += [" " * (14 + width) + reason for reason in reasons[1:]]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        from hwfuse import _report
+
+        return _report.text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "op": self.op,
-            "chosen": self.chosen or None,
-            "rejected": {name: list(reasons) for name, reasons in self.rejected.items()},
-            "passed_over": list(self.passed_over),
-            "origin": self.origin,
-            "facts": {name: _json(value) for name, value in self.facts.items()},
-            "pretended": self.pretended,
-            "misses": list(self.misses),
-            "notes": list(self.notes),
-        }
+        from hwfuse import _report
 
-
-def _json(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | bool | None) else str(value)
+        return _report.plain(self)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -51,52 +48,9 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(device.type, device.type)
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return _cuda_target(index)
+    from hwfuse import _cuda
 
-
-@functools.cache
-def _cuda_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return Target("amd", properties.gcnArchName.split(":")[0])
-    return Target("nvidia", f"sm{properties.major}{properties.minor}")
-
-
-def with_index(device: torch.device) -> torch.device:
-    """Return *device* with the index that ``cuda`` alone means now."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def is_one_of_many(device: torch.device) -> bool:
-    """Tell whether another device of this kind may be current when a kernel is launched."""
-    return device.type == "cuda" and torch.cuda.device_count() > 1
-
-
-def on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return *function*, wrapped to launch on *device* if another one is current."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return function
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(device):
-            return function(*args, **kwargs)
-
-    return call
-
-
-def here(device: str | None) -> Target | None:
-    """Return what a device of this machine is, by default its accelerator; None for other words."""
-    if device == "cpu":
-        return parse(device)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and not pretended.get() else "cpu"
-    elif re.fullmatch(r"cuda(:\d+)?", device) is None:
-        return None
-    elif not torch.cuda.is_available():
-        raise InputError("device", f"{device!r}, but no GPU", "'cuda:sm90' or 'rocm:gfx950' style")
-    return target_of(torch.device(device))
+    return Target(*_cuda.vendor_and_arch(index))
 
 
 def fp8_dtype(device: torch.device | str) -> torch.dtype:

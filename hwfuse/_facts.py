@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from hwfuse import layouts
 from hwfuse._errors import suggestion
 
 DTYPES: dict[str, torch.dtype] = {
@@ -41,7 +40,14 @@ def aligned(tensor: torch.Tensor, size: int) -> bool:
     return tensor.data_ptr() % size == 0
 
 
-PREDICATES: dict[str, Any] = {"aligned": aligned, "matches": layouts.matches}
+def matches(scale: torch.Tensor, layout: str) -> bool:
+    """Tell whether a scale lies in a layout of `hwfuse.layouts`."""
+    from hwfuse import layouts
+
+    return layouts.matches(scale, layout)
+
+
+PREDICATES: dict[str, Any] = {"aligned": aligned, "matches": matches}
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,13 @@ class Fact:
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Evaluate on a call's values.  An exception here is a bug and is not caught."""
-        return bool(_evaluate(self.code, values))
+        return bool(evaluate(self.code, values))
 
     def reason(self, values: Mapping[str, Any]) -> str:
         """Say why it does not hold: the statement and what was found."""
-        found = [f"{text} = {show(_evaluate(code, values))}" for text, code in _leaves(self.tree)]
-        return f"needs {self.source}; found {', '.join(found)}"
+        from hwfuse import _report
+
+        return _report.reason(self, values)
 
 
 @functools.cache
@@ -84,7 +91,7 @@ def parse(source: str) -> Fact:
     is_method = isinstance(statement, ast.Call) and isinstance(statement.func, ast.Attribute)
     if not (isinstance(statement, ast.Compare) or is_predicate or is_method):
         raise ValueError(f"{source!r} is not a fact: needs a comparison, such as m <= 64")
-    return Fact(source, frozenset(_check(tree, source)), tree, _compile(tree))
+    return Fact(source, frozenset(read_by(tree, source)), tree, compile_expression(tree))
 
 
 def check_names(fact: Fact, known: Iterable[str]) -> None:
@@ -102,7 +109,7 @@ def thresholds(fact: Fact) -> Iterator[tuple[str, int]]:
             yield left.id, ast.literal_eval(right)
 
 
-def _check(node: ast.expr, source: str) -> Iterator[str]:  # noqa: C901, PLR0912 - a case a form
+def read_by(node: ast.expr, source: str) -> Iterator[str]:  # noqa: C901, PLR0912 - a case a form
     """Yield what an expression reads; refuse whatever the language does not have.
 
     A policy file comes from anywhere, so nothing may pass that could call or reach other objects:
@@ -116,18 +123,18 @@ def _check(node: ast.expr, source: str) -> Iterator[str]:  # noqa: C901, PLR0912
                 yield name
         case ast.Compare(left=left, comparators=rest):
             for child in (left, *rest):
-                yield from _check(child, source)
+                yield from read_by(child, source)
         case (
             ast.BinOp(left=left, right=right, op=ast.Add() | ast.Sub() | ast.Mult())
             | ast.BinOp(left=left, right=right, op=ast.Mod() | ast.FloorDiv())
         ):
-            yield from _check(left, source)
-            yield from _check(right, source)
+            yield from read_by(left, source)
+            yield from read_by(right, source)
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=child):
-            yield from _check(child, source)
+            yield from read_by(child, source)
         case ast.Tuple(elts=children) | ast.List(elts=children):
             for child in children:
-                yield from _check(child, source)
+                yield from read_by(child, source)
         case ast.Attribute(value=ast.Name(id=name), attr="dtype"):
             yield f"{name}.dtype"
         case ast.Attribute(value=ast.Name(id=name), attr=attribute) if attribute in _ATTRIBUTES:
@@ -135,7 +142,7 @@ def _check(node: ast.expr, source: str) -> Iterator[str]:  # noqa: C901, PLR0912
         case ast.Subscript(value=ast.Attribute(attr="shape") as value, slice=index) if _is_number(
             index
         ):
-            yield from _check(value, source)
+            yield from read_by(value, source)
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id=name), attr=method), args=rest, keywords=[]
         ) if len(rest) <= _METHODS.get(method, -1) and all(map(_is_number, rest)):
@@ -168,28 +175,15 @@ def quoted(tree: ast.expr) -> ast.expr:
     return ast.fix_missing_locations(copy)
 
 
-def _compile(tree: ast.expr) -> CodeType:
+def compile_expression(tree: ast.expr) -> CodeType:
+    """Compile a fact or a part of one."""
     return compile(ast.Expression(quoted(tree)), "<fact>", "eval")
 
 
-def _evaluate(code: CodeType, values: Mapping[str, Any]) -> Any:
+def evaluate(code: CodeType, values: Mapping[str, Any]) -> Any:
+    """Run a compiled part of a fact on a call's values."""
     # Only nodes that _check let through are in the code, so this can call nothing else.
     return eval(code, {"__builtins__": {}, **DTYPES, **PREDICATES}, dict(values))  # noqa: S307
-
-
-def _leaves(tree: ast.expr) -> Iterator[tuple[str, CodeType]]:
-    """Yield the largest parts of a comparison that name something, with their code."""
-    parts: list[ast.expr] = []
-    match tree:
-        case ast.Compare(left=left, comparators=rest):
-            parts = [left, *rest]
-        case ast.UnaryOp(operand=ast.Compare(left=left, comparators=rest)):
-            parts = [left, *rest]
-        case _:
-            parts = [tree.operand if isinstance(tree, ast.UnaryOp) else tree]
-    for part in parts:
-        if any(True for _ in _check(part, "")):
-            yield ast.unparse(part), _compile(part)
 
 
 def show(value: Any) -> Any:

@@ -6,17 +6,15 @@ different token counts arrive.
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hwfuse import _facts
 from hwfuse._device import fp8_dtype
-from hwfuse._facts import DEVICE_NAMES, DTYPES, PREDICATES, Fact
+from hwfuse._facts import DTYPES, PREDICATES, Fact
 from hwfuse._spec import Spec
 
 # Modes (FakeTensorMode, profilers of users) must see the op as one node, so they are looked for on
@@ -26,60 +24,8 @@ TABLE_LIMIT = 4096  # entries; reached only by facts about derived sizes, whose 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
-class _Inline(ast.NodeTransformer):
-    """Rewrites a fact to read hoisted shapes and strides: ``m`` becomes ``x_shape[0]``.
-
-    `reads`: every expression it looks at.  `simple`: these are dtypes and options only.
-    `derived`: it needs a size that is no dimension of a tensor.
-    """
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.simple, self.derived = spec, True, False
-        self.reads, self.hoisted = set[str](), set[str]()
-        self.dimensions = {
-            name: (tensor, index)
-            for tensor, names in reversed(spec.dims.items())
-            for index, name in enumerate(names)
-        }
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        name = node.id
-        if name in self.dimensions:
-            tensor, index = self.dimensions[name]
-            return self._hoist(tensor, "shape", f"[{index}]")
-        if name in self.spec.size_names or name in DEVICE_NAMES:
-            self.derived = True
-            return node
-        return self._read(name) if name in self.spec.parameters else node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        if node.attr == "shape":
-            return self._hoist(ast.unparse(node.value), "shape", "")
-        self.simple = self.simple and node.attr == "dtype"
-        return self._read(ast.unparse(node))
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        self.simple = False
-        arguments = [ast.unparse(argument) for argument in node.args]
-        match node.func:
-            case ast.Name(id="aligned"):
-                return self._read(f"{arguments[0]}.data_ptr() % {arguments[1]} == 0")
-            case ast.Attribute(value=ast.Name(id=tensor), attr="stride"):
-                return self._hoist(tensor, "stride", f"[{arguments[0]}]" if arguments else "")
-        return self._read(ast.unparse(node))
-
-    def _hoist(self, tensor: str, what: str, index: str) -> ast.expr:
-        self.simple = False
-        self.hoisted.add(f"{tensor}_{what} = {tensor}.{what}{'()' if what == 'stride' else ''}")
-        return self._read(f"{tensor}_{what}{index}")
-
-    def _read(self, text: str) -> ast.expr:
-        self.reads.add(text)
-        return ast.parse(text, mode="eval").body
-
-
 def build(
-    spec: Spec, facts: Iterable[Fact], context: Callable[[], Any], other: Callable[..., Any]
+    spec: Spec, facts: Collection[Fact], context: Callable[[], Any], other: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., tuple[Any, ...]], dict[tuple[Any, ...], Any]]:
     """Return (run, key, table).
 
@@ -88,7 +34,12 @@ def build(
     """
     hoisted, parts = key_parts(spec, facts)
     table: dict[tuple[Any, ...], Any] = {}
-    names = {"get": table.get, "context": context, "other": other, "modes": mode_depth}
+    names: dict[str, Any] = {
+        "get": table.get,
+        "context": context,
+        "other": other,
+        "modes": mode_depth,
+    }
     names |= {"grad": torch.is_grad_enabled, "current": _current_device, "Tensor": Tensor}
     names |= {"Parameter": Parameter, **DTYPES, **PREDICATES}
     by_position = ", ".join(spec.parameters)
@@ -113,10 +64,10 @@ def run({by_position}):
     return other({by_position})
 """
     exec(compile(source, f"<guard of {spec.name}>", "exec"), names)  # noqa: S102
-    return names["run"], names["key"], table  # type: ignore[return-value]
+    return names["run"], names["key"], table
 
 
-def key_parts(spec: Spec, facts: Iterable[Fact]) -> tuple[set[str], list[str]]:
+def key_parts(spec: Spec, facts: Collection[Fact]) -> tuple[set[str], list[str]]:
     """Return the statements that hoist shapes and strides, and the expressions of the memo key."""
     gradients = " or ".join(f"{t}.requires_grad" for t in spec.tensors)
     parts = ["context()", f"{spec.tensors[0]}.get_device()", f"grad() and ({gradients})"]
@@ -125,17 +76,11 @@ def key_parts(spec: Spec, facts: Iterable[Fact]) -> tuple[set[str], list[str]]:
     if torch.cuda.is_available() and torch.cuda.device_count() > 1:
         parts.append("current()")
     hoisted: set[str] = set()
-    for fact in sorted(facts, key=lambda fact: fact.source):
-        if fact.names <= DEVICE_NAMES:
-            continue  # decided by the device, which is in the key
-        inline = _Inline(spec)
-        text = ast.unparse(inline.visit(_facts.quoted(fact.tree)))
-        hoisted |= inline.hoisted
-        parts += sorted(inline.reads) if inline.simple or inline.derived else [text]
-        if inline.derived:  # all that `sizes` can compute from goes into the key
-            hoisted |= {f"{tensor}_shape = {tensor}.shape" for tensor in spec.tensors}
-            parts += [f"{tensor}_shape" for tensor in spec.tensors]
-            parts += [name for name in spec.parameters if name not in spec.tensors]
+    if facts:
+        from hwfuse import _fact_keys
+
+        hoisted, fact_parts = _fact_keys.key_parts(spec, facts)
+        parts += fact_parts
     return hoisted, list(dict.fromkeys(parts))
 
 
@@ -160,10 +105,10 @@ def entrance(spec: Spec, traced: Callable[[], bool]) -> Callable[..., Any]:
 def __call__(self, {", ".join(parameters)}):
     if traced():
         {resolve}
-        return self.node({", ".join(by_name)})
+        return ops.hwfuse.{spec.name}.default({", ".join(by_name)})
     return self._run({", ".join(spec.parameters)})
 """
-    names: dict[str, Any] = {"traced": traced, "fp8_dtype": fp8_dtype, **defaults}
+    names: dict[str, Any] = {"traced": traced, "ops": torch.ops, "fp8_dtype": fp8_dtype, **defaults}
     exec(compile(source, f"<call of {spec.name}>", "exec"), names)  # noqa: S102
     function: Callable[..., Any] = names["__call__"]
     function.__doc__ = spec.function.__doc__

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from hwfuse import _spec
 from hwfuse._spec import Spec
 
 _library = Library("hwfuse", "FRAGMENT")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-_defined: set[str] = set()
 
 
 def define(
@@ -32,7 +30,6 @@ def define(
         reference: Returns the reference function if its autograd may be used, else None.
     """
     name = f"hwfuse::{spec.name}"
-    _defined.add(spec.name)  # first: Library.define itself looks the name up
     _library.define(spec.name + spec.schema, tags=_TAGS)
     _library.impl(spec.name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(name, spec.outputs, lib=_library)
@@ -86,8 +83,8 @@ def _backward(spec: Spec, reference: Callable[[], Callable[..., Any] | None]) ->
         with torch.enable_grad():
             outputs = function(*inputs, **ctx.keywords)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        pairs = zip(outputs, gradients, strict=True)
-        pairs = [(o, g) for o, g in pairs if o.requires_grad and g is not None]
+        both = zip(outputs, gradients, strict=True)
+        pairs = [(o, g) for o, g in both if o.requires_grad and g is not None]
         used, seeds = [o for o, _ in pairs], [g for _, g in pairs]
         wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
         found = torch.autograd.grad(used, wanted, seeds, create_graph=twice, allow_unused=True)
@@ -95,26 +92,3 @@ def _backward(spec: Spec, reference: Callable[[], Callable[..., Any] | None]) ->
         return tuple(next(answers) if need else None for need in needs)
 
     return backward
-
-
-class _Namespace(torch._ops._OpNamespace):
-    """``torch.ops.hwfuse``, which defines an op when its name is first asked for.
-
-    So an exported program loads and compiled code traces although nobody called `hwfuse.op` yet.
-    """
-
-    __module__ = "torch.ops"
-
-    def __init__(self, create: Callable[[str], Any]) -> None:
-        super().__init__("hwfuse")
-        self._create = create
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _spec.names() and name not in _defined:
-            self._create(name)
-        return super().__getattr__(name)
-
-
-def install_namespace(create: Callable[[str], Any]) -> None:
-    """Make ``torch.ops.hwfuse.<op>`` call *create* the first time an op's name is used."""
-    torch.ops.hwfuse = _Namespace(create)  # type: ignore[attr-defined]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hwfuse import _device, _facts, _guard, _node, _select, _spec, _state
+from hwfuse import _device, _facts, _guard, _select, _spec, _state
 from hwfuse._decision import Decision
 from hwfuse._device import Target, fp8_dtype
-from hwfuse._errors import ColdCallInCapture, HwfuseError, InputError
+from hwfuse._errors import HwfuseError, InputError
 from hwfuse._facts import Fact
 from hwfuse._implementation import REFERENCE
 from hwfuse._plugins import Registry
@@ -24,13 +23,13 @@ from hwfuse._spec import Spec
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _ops: dict[str, Op] = {}
+_defined: set[str] = set()  # names that torch knows
 
 
 class Op:
     """One op.  Call it as its spec says; there is one object per name."""
 
     spec: Spec
-    node: Any
     _run: Callable[..., Any]
     _memo: tuple[Callable[..., tuple[Any, ...]], dict[tuple[Any, ...], Callable[..., Any]]]
     _facts: frozenset[Fact]
@@ -39,11 +38,18 @@ class Op:
         self.spec = spec
         self._reset()
         _state.listeners.append(self._reset)
-        self.node = _node.define(spec, self._run_node, self._differentiable)
 
     if TYPE_CHECKING:  # the real one is generated per op, with the op's own signature
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @functools.cached_property
+    def node(self) -> Any:
+        """The overload ``torch.ops.hwfuse.<op>.default``, registered when first asked for."""
+        from hwfuse import _node
+
+        _defined.add(self.spec.name)  # first: registering looks the name up itself
+        return _node.define(self.spec, self._run_node, self._differentiable)
 
     def __repr__(self) -> str:
         return f"hwfuse.op({self.spec.name!r})"
@@ -53,6 +59,8 @@ class Op:
 
     def using(self, *ids: str) -> Callable[..., Any]:
         """Return this op with an order of its own: one id pins, several are an order."""
+        from hwfuse import _using
+
         orders = {self.spec.name: ids[0] if len(ids) == 1 else ids}
 
         @functools.wraps(self.spec.function)
@@ -62,14 +70,16 @@ class Op:
                     f"{self!r}.using(…) cannot be traced; put hwfuse.using(…) around the compiled "
                     "call: it acts on compiled code at once"
                 )
-            with scope(orders, "op.using"):
+            with _using.scope(orders, "op.using"):
                 return self(*args, **kwargs)
 
         return call
 
     def explain(self, *args: Any, **kwargs: Any) -> Decision:
         """Return the decision for a call without running it; see `hwfuse.explain`."""
-        return explain(self.spec.name, *args, **kwargs)
+        from hwfuse import _explain
+
+        return _explain.explain(self.spec.name, *args, **kwargs)
 
     def bind(self, *, device: torch.device | str, **constants: Any) -> Callable[..., Any]:
         """Decide once and return the implementation with *constants* filled in; see _bind.py."""
@@ -127,11 +137,16 @@ class Op:
             return self._with_dtype(self.node, arguments)
         registry = _state.registry()  # one for all of this: another thread may configure
         decision, order, call = self.decide(arguments, registry)
-        _refuse_capture(self.spec.name, arguments[self.spec.tensors[0]])
+        first = arguments[self.spec.tensors[0]]
+        if first.is_cuda:
+            from hwfuse import _cuda
+
+            _cuda.refuse_capture(self.spec.name)
         _state.settle(decision, order)
         function = registry.implementations(self.spec.name)[decision.chosen].load()
-        device = arguments[self.spec.tensors[0]].device  # whether it is current is in the key
-        function = self._with_dtype(_device.on(device, function), arguments)
+        if first.is_cuda:  # whether its device is the current one is in the key
+            function = _cuda.on(first.device, function)
+        function = self._with_dtype(function, arguments)
         if self.spec.mutates:
             function = _telling_autograd(function, self.spec)
         for recorder in _state.recorders:
@@ -241,63 +256,6 @@ def make_call(
     )
 
 
-def explain(name: str, *args: Any, device: str | None = None, **kwargs: Any) -> Decision:
-    """Say which implementation a call would run and why, without running it.
-
-    Args:
-        name: The op.
-        *args: The tensors of a real call; or none, and the keywords are those of the spec's
-            ``make_inputs``.
-        device: Without tensors: ``"cuda:sm90"``, ``"rocm:gfx950"``, ``"cpu"``, also hardware that
-            is not here; default: what this machine has.
-        **kwargs: Options of the call, or sizes: ``m=64``.
-    """
-    this = op(name)
-    if args or set(kwargs) & set(this.spec.tensors):
-        if device is not None:
-            raise InputError("device", repr(device), "none beside tensors, which lie on one")
-        return this.decide(this.spec.bind(args, kwargs))[0]
-    here = _device.here(device)
-    target = here or _device.parse(str(device))
-    pretended = here is None or here == _device.pretended.get()
-    token = _device.pretended.set(target)
-    try:
-        arguments = inputs(this.spec, device="meta", **kwargs)
-        return this.decide(arguments, target=target, absent=here is None, pretended=pretended)[0]
-    finally:
-        _device.pretended.reset(token)
-
-
-def inputs(spec: Spec, **keywords: Any) -> dict[str, Any]:
-    """Call the spec's `make_inputs`; all arguments by name, defaults filled in."""
-    try:
-        args, kwargs = spec.split(spec.make_inputs(**keywords))
-    except (TypeError, RuntimeError, ArithmeticError) as error:
-        needed = "its own keywords, with sizes that fit each other"
-        raise InputError(f"{spec.name}.make_inputs", error, needed) from error
-    return spec.bind(args, kwargs)
-
-
-@contextmanager
-def scope(orders: Mapping[str, Any], origin: str) -> Iterator[None]:
-    """Enter a policy for this context only; *orders*: op (or ``*``) to a pin or an order."""
-    lists = {op: tuple(ids) if isinstance(ids, list) else ids for op, ids in orders.items()}
-    policy = _state.using_policy(_state.context.get(), tuple(sorted(lists.items())), origin)
-    token = _state.context.set(policy)
-    try:
-        yield
-    finally:
-        _state.context.reset(token)
-
-
-def _refuse_capture(name: str, tensor: Tensor) -> None:
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ColdCallInCapture(
-            f"first call of {name} of its kind inside a CUDA graph capture; choosing and compiling "
-            f"cannot happen there: call it once before, or hwfuse.warmup({name!r}, …)"
-        )
-
-
 def _telling_autograd(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
     """Wrap an in-place kernel: autograd must notice if it overwrote a tensor saved for backward."""
     indices = [spec.parameters.index(name) for name in spec.mutates]
@@ -309,4 +267,18 @@ def _telling_autograd(function: Callable[..., Any], spec: Spec) -> Callable[...,
     return call
 
 
-_node.install_namespace(_create)
+class _Namespace(torch._ops._OpNamespace):
+    """``torch.ops.hwfuse``, which registers an op when its name is first asked for.
+
+    So an exported program loads and compiled code traces although nobody called `op` yet.
+    """
+
+    __module__ = "torch.ops"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _spec.names() and name not in _defined:
+            _ = _create(name).node
+        return super().__getattr__(name)
+
+
+torch.ops.hwfuse = _Namespace("hwfuse")  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""Reading policies: the YAML file, a mapping of its shape, the value of HWFUSE_USE.
+"""Reading settings: the YAML file, a mapping of its shape, the HWFUSE_* variables.
+
+Not loaded while nothing is set.
 
 The file is composed into nodes, so every value remembers its line and a repeated key is an error.
 It names implementations, never modules to import.
@@ -6,6 +8,7 @@ It names implementations, never modules to import.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,46 @@ from typing import Any
 import yaml
 
 from hwfuse import _facts, _spec
-from hwfuse._errors import ConfigError, suggestion
+from hwfuse._errors import ConfigError, UnknownImplementation, suggestion
 from hwfuse._implementation import REFERENCE
-from hwfuse._policy import REST, Entry, Layer, Order, Rule
+from hwfuse._plugins import Registry
+from hwfuse._policy import REST, Entry, Layer, Order, Policy, Rule
+from hwfuse._report import announce
+
+VARIABLES = ("HWFUSE_USE", "HWFUSE_CONFIG", "HWFUSE_BLOCK", "HWFUSE_TRACE")
 
 ON_MISS = ("error", "warn", "silent")
 _VERSION = 1
 _KEYS = ("version", "on_miss", "block", "ops")
 _OP_KEYS = ("order", "rules")
 _RULE_KEYS = ("when", "order")
+
+
+def environment() -> list[Layer]:
+    """Read the HWFUSE_* variables, highest layer first; an unknown one is a warning."""
+    for name in os.environ:
+        if name.startswith("HWFUSE_") and name not in VARIABLES:
+            text = f"{name} is not a variable of hwfuse{suggestion(name, VARIABLES)}"
+            announce((name,), text)
+    layers = []
+    if use := os.environ.get("HWFUSE_USE"):
+        layers.append(from_use(use, "HWFUSE_USE"))
+    if block := os.environ.get("HWFUSE_BLOCK"):
+        names = [name.strip() for name in block.split(",") if name.strip()]
+        layers.append(Layer(block=dict.fromkeys(names, "HWFUSE_BLOCK")))
+    if path := os.environ.get("HWFUSE_CONFIG"):
+        layers.append(from_file(Path(path)))
+    return layers
+
+
+def validate(policy: Policy, loaded: Registry) -> None:
+    """Raise for an id whose backend is loaded and has no such provider."""
+    known = (*loaded.ids(), *loaded.extra_ids())
+    for order in policy.orders():
+        for identifier in order.named:
+            if loaded.unusable(identifier) is None and identifier not in known:
+                text = f"{order.origin}: {order.op}: no provider is called {identifier!r}"
+                raise UnknownImplementation(text + suggestion(identifier, known))
 
 
 def make_order(value: object, origin: str, op: str) -> Order:

@@ -9,7 +9,7 @@ from typing import Any
 from hwfuse._decision import Decision
 from hwfuse._device import Target
 from hwfuse._facts import Fact
-from hwfuse._implementation import REFERENCE, Implementation, missing
+from hwfuse._implementation import REFERENCE, Implementation
 from hwfuse._plugins import Registry
 from hwfuse._policy import BUILT_IN_ORDER, REST, Order
 
@@ -126,7 +126,9 @@ def _standing(implementation: Implementation, call: Call, *, named: bool) -> lis
         reasons.append("experimental: runs only when an order or a pin names it")
     if call.needs_gradient and not requires.differentiable:
         reasons.append("a gradient is needed and it is not differentiable")
-    if not call.absent:
+    if requires.packages and not call.absent:
+        from hwfuse._packages import missing
+
         reasons += filter(None, map(missing, requires.packages))
     return reasons
 

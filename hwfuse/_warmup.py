@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hwfuse import _op
+from hwfuse import _explain, _op
 from hwfuse._decision import Decision
 
 
@@ -39,7 +39,7 @@ def warmup(
     decisions = []
     for combination in itertools.product(*values):
         chosen = dict(zip(sizes, combination, strict=True))
-        arguments = _op.inputs(this.spec, device=place, **options, **chosen)
+        arguments = _explain.inputs(this.spec, device=place, **options, **chosen)
         args, kwargs = this.spec.split(arguments)
         with torch.no_grad():
             this(*args, **kwargs)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hwfuse import _state
+from hwfuse import _report, _state
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,6 @@ def built_in_policy(monkeypatch):
 
 def _reset() -> None:
     _state._configured.clear()
-    _state._announced.clear()
+    _report.announced.clear()
     _state.decisions.clear()
     _state.forget()

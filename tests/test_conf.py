@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hwfuse
-from hwfuse import _policy, _state
+from hwfuse import _policy, _policy_file, _state
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.glob("*.yaml"))
@@ -22,7 +22,7 @@ def configured():
 
 def test_default_file_is_the_built_in_policy():
     """conf/default.yaml says what the library does by itself: order, on_miss, block."""
-    written = _policy.from_file(CONF / "default.yaml")
+    written = _policy_file.from_file(CONF / "default.yaml")
     assert written.on_miss[0] == _policy.BUILT_IN.on_miss[0]
     assert written.block == _policy.BUILT_IN.block
     assert list(written.ops) == list(_policy.BUILT_IN.ops) == ["*"]
@@ -35,7 +35,7 @@ def test_file_names_only_what_there_is(path, configured):
     """Every key, op and id of a file exists: nothing is an error and every backend is known."""
     configured(path)
     known = {*_policy.BUILT_IN_ORDER, "reference/torch"}
-    for order in _policy.Policy((_policy.from_file(path),)).orders():
+    for order in _policy.Policy((_policy_file.from_file(path),)).orders():
         assert set(order.ids) <= known
     assert set(_state.policy().block) <= {"cuda", "rocm"}
 

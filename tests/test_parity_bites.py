@@ -341,12 +341,16 @@ def quant(x, *, group_size=128, scale_layout="row", scale_format="fp32", dtype=N
 
 
 @pytest.mark.parametrize(
-    ("layout", "text"),
-    [("row", ""), ("column_tma", "strides of scale (1, 2) are (2, 1), needed (1, 4)")],
+    ("k", "layout", "text"),
+    [
+        (128, "row", ""),
+        (256, "column_tma", "strides of scale (1, 2) are (2, 1), needed (1, 4)"),
+        (128, "column_tma", "strides of scale (1, 1) are (1, 1): not 'column_tma'"),
+    ],
 )
-def test_wrong_pitch_of_a_single_row_is_caught(layout, text):
+def test_wrong_pitch_of_a_single_row_is_caught(k, layout, text):
     """A TMA descriptor is made of it although it addresses nothing."""
-    found = failures(quant, {"fp8_group_quant": row(m=(0, 1, 5), k=256, scale_layout=layout)})
+    found = failures(quant, {"fp8_group_quant": row(m=(0, 1, 5), k=k, scale_layout=layout)})
     assert text in found
     assert bool(text) == bool(found)
 

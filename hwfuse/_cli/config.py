@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hwfuse import _spec, _state
+from hwfuse import _policy_file, _spec, _state
 from hwfuse._cli._output import emit, heading, table
 from hwfuse._policy import BUILT_IN_ORDER, REST, Order, Policy
 
@@ -42,7 +42,7 @@ def effective(policy: Policy) -> dict[str, Any]:
     return {
         "on_miss": {"value": value, "origin": origin},
         "block": [{"plugin": name, "origin": by} for name, by in policy.block.items()],
-        "environment": {k: os.environ[k] for k in _state.VARIABLES if k in os.environ},
+        "environment": {k: os.environ[k] for k in _policy_file.VARIABLES if k in os.environ},
         "orders": [
             item
             for op, items in orders.items()

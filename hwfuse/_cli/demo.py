@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import hwfuse
-from hwfuse import _state
+from hwfuse import _policy_file, _state
 from hwfuse._cli._output import say
 from hwfuse._errors import IntegrationError
 from hwfuse.ops import fused_qkvzba as spec
@@ -262,7 +262,7 @@ def _calls(model: _Model) -> int:
 def _no_settings() -> Iterator[None]:
     """Leave the user's HWFUSE_* variables aside: the screen speaks of the built-in order."""
     with mock.patch.dict(os.environ):
-        for name in _state.VARIABLES:
+        for name in _policy_file.VARIABLES:
             os.environ.pop(name, None)
         _state.forget()
         yield

@@ -22,8 +22,8 @@ import torch
 import hwfuse
 from hwfuse import _device, _plugins, _spec, _state
 from hwfuse._cli._output import emit, heading, say, table
-from hwfuse._implementation import Implementation, missing
-from hwfuse._implementation import _installed as installed
+from hwfuse._implementation import Implementation
+from hwfuse._packages import installed, missing
 
 _PACKAGES = ("torch", "triton", "pluggy", "PyYAML", "transformers", "rich")
 _FIRST_CALL = {"triton": "compiles in seconds", "aiter": "may compile for minutes"}

@@ -80,14 +80,14 @@ def hwfuse_project_and_norm(self: Any, hidden_states: Tensor) -> list[Tensor | N
     return [*heads, None, None][:3]
 
 
-def _project(module: Any, hidden_states: Tensor) -> Sequence[Tensor]:
+def _project(module: Any, hidden_states: Tensor) -> list[Tensor]:
     """Return what the layer projects: q; q and k = v; or q, k and v."""
     linears = _linears(module)
     weights = _view_packing.packed_weights(module, packs(module))
     if not weights:
         return [linear(hidden_states) for linear in linears]
-    rows = F.linear(hidden_states, weights[0])
-    return rows.split([linear.out_features for linear in linears], dim=-1)
+    widths = [linear.out_features for linear in linears]
+    return [*F.linear(hidden_states, weights[0]).split(widths, dim=-1)]
 
 
 def packs(module: Any) -> dict[str, Sequence[nn.Linear]]:
@@ -112,20 +112,17 @@ def _norms(module: Any) -> list[Any]:
 
 
 def _mode(module: Any) -> QKVNormMode:
-    is_shared = module.is_kv_shared_layer
+    is_shared = module.is_kv_shared_layer  # such a layer has no v_proj, not even None
     return QKVNormMode.of(is_kv_shared=is_shared, is_k_eq_v=not is_shared and module.v_proj is None)
 
 
 def _is_own_code(module: Any, norm: nn.Module) -> bool:
     """Tell whether a call of the norm would run the model's own norm and nothing else."""
-    forward = norm.__dict__.get("forward")
-    if forward is None:
-        adds_gradients = bool(norm._backward_hooks or norm._backward_pre_hooks)
-    elif getattr(forward, "__qualname__", "") == _ADDS_GRADIENTS:
-        adds_gradients = True
-    else:
+    forward = getattr(norm.__dict__.get("forward"), "__qualname__", None)
+    if norm._forward_hooks or norm._forward_pre_hooks or forward not in (None, _ADDS_GRADIENTS):
         return False
-    if norm._forward_hooks or norm._forward_pre_hooks or adds_gradients and torch.is_grad_enabled():
+    for_gradients = forward or norm._backward_hooks or norm._backward_pre_hooks
+    if for_gradients and torch.is_grad_enabled():
         return False
     return type(norm).__module__ == type(module).__module__
 
@@ -136,7 +133,7 @@ def _objection(module: Any) -> str | None:
     weight = torch.linspace(0.5, 1.5, 12, device="cpu")
     for norm, has_weight in zip(_norms(module), (True, True, False), strict=False):
         expected = x * (x.square().mean(-1, keepdim=True) + module.q_norm.eps).rsqrt()
-        probe = type(norm).__new__(type(norm))
+        probe = object.__new__(type(norm))
         vars(probe).update(vars(norm), _parameters={"weight": weight} if has_weight else {})
         found = type(norm).forward(probe, x)
         expected = expected * weight if has_weight else expected

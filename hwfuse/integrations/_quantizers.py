@@ -46,6 +46,10 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]  # untyped
         "dequantize": (False,),
     }
 
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.expected: dict[str, torch.Tensor] = {}  # our layers' parameters, as they were made
+
     def validate_environment(self, *_args: Any, **_kwargs: Any) -> None:
         """Refuse settings that the layers do not follow; every device will do."""
         if not self.pre_quantized:
@@ -71,7 +75,6 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]  # untyped
         kept = model._keep_in_fp32_modules  # noqa: SLF001 - as every quantizer does
         given = self.quantization_config.modules_to_not_convert
         skipped = self.get_modules_to_not_convert(model, given, kept)
-        self.expected: dict[str, torch.Tensor] = {}
         for name, module in list(model.named_modules()):
             if not should_convert_module(name, skipped):
                 continue
@@ -95,7 +98,7 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]  # untyped
                 dtype=module.weight.dtype,
             )
         if isinstance(module, nn.Linear):
-            raise IntegrationError("no layer for this kind of linear")
+            raise IntegrationError("hwfuse has no layer for this kind of linear")
         if name.rpartition(".")[2] == "experts":
             return self.experts(*_sizes_of_experts(module))
         return None

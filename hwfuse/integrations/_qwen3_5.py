@@ -47,7 +47,7 @@ core_attn_out = self.hwfuse_norm(core_attn_out, z)
 
 
 def hwfuse_project(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q|k|v ``[batch, tokens, width]``, z ``[batch, tokens, heads, head_v_dim]``, b and a."""
+    """Return q|k|v, z (by heads), b and a, each with the leading dimensions of the input."""
     weights = _view_packing.packed_weights(self, packs(self))
     if weights is None:
         z = self.in_proj_z(hidden_states)

@@ -55,7 +55,7 @@ class Use:
 
     Attributes:
         mode: in words, for the report.
-        calls: each op that it calls, with the sizes of the call: keywords of the op's `make_inputs`.
+        calls: each op that it calls, and the call's sizes as keywords of its `make_inputs`.
     """
 
     mode: str

@@ -15,13 +15,17 @@ _SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+# Caches need a layer of attention; Kimi Linear's default pattern has none among its first.
+_THREE_LAYERS = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }
 _MOE = {
     "num_experts": 4,
@@ -43,39 +47,47 @@ def tiny_qwen3_next(
     """
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    config = Qwen3NextConfig(**_SIZES, **_MOE, **_gdn(num_v_heads), head_dim=16)
+    config = Qwen3NextConfig(
+        **_SIZES, **_MOE, **_gdn(num_v_heads), num_hidden_layers=4, head_dim=16
+    )
     return _built(lambda: Qwen3NextForCausalLM(config), seed, dtype)
 
 
 def tiny_qwen3_5(*, seed: int = 0, dtype: torch.dtype = torch.float32, num_v_heads: int = 4) -> Any:
-    """Build a Qwen3_5ForCausalLM; as `tiny_qwen3_next`, without experts."""
+    """Build a Qwen3_5ForCausalLM of three layers, two of them gated delta nets.
+
+    Arguments as for `tiny_qwen3_next`.
+    """
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(**_SIZES, **_gdn(num_v_heads), head_dim=16)
+    config = Qwen3_5TextConfig(**_SIZES, **_gdn(num_v_heads), **_THREE_LAYERS, head_dim=16)
     return _built(lambda: Qwen3_5ForCausalLM(config), seed, dtype)
 
 
 def tiny_qwen3_5_moe(
     *, seed: int = 0, dtype: torch.dtype = torch.float32, num_v_heads: int = 4
 ) -> Any:
-    """Build a Qwen3_5MoeForCausalLM; as `tiny_qwen3_next`."""
+    """Build a Qwen3_5MoeForCausalLM; as `tiny_qwen3_5`, with experts."""
     from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-    config = Qwen3_5MoeTextConfig(**_SIZES, **_MOE, **_gdn(num_v_heads), head_dim=16)
+    config = Qwen3_5MoeTextConfig(
+        **_SIZES, **_MOE, **_gdn(num_v_heads), **_THREE_LAYERS, head_dim=16
+    )
     return _built(lambda: Qwen3_5MoeForCausalLM(config), seed, dtype)
 
 
 def tiny_gemma4(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Build a Gemma4ForCausalLM with layers of all three modes.
 
-    Layers 0 and 2 slide over q, k and v; layers 1 and 3 attend to everything with k = v; layers 4
-    and 5 use the keys and values of 2 and 3.
+    Layer 0 slides, over q, k and v; layer 1 attends to everything, with k = v; layers 2 and 3 use
+    their keys and values.
     """
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     config = Gemma4TextConfig(
-        **_SIZES | {"num_hidden_layers": 6},
-        layer_types=["sliding_attention", "full_attention"] * 3,
+        **_SIZES,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
         head_dim=16,
         global_head_dim=32,  # of full attention, whatever head_dim says
         num_global_key_value_heads=1,
@@ -89,11 +101,11 @@ def tiny_gemma4(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tiny_kimi_linear(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """Build a KimiLinearForCausalLM of four layers, three of them Kimi delta attention."""
+    """Build a KimiLinearForCausalLM of three layers, two of them Kimi delta attention."""
     from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
     config = KimiLinearConfig(
-        **_SIZES | {"num_key_value_heads": 4},
+        **_SIZES | _THREE_LAYERS | {"num_key_value_heads": 4},
         num_local_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
@@ -101,8 +113,6 @@ def tiny_kimi_linear(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> An
         qk_nope_head_dim=16,
         qk_rope_head_dim=8,
         v_head_dim=16,
-        # A cache needs a layer of attention, which four layers by default have not.
-        layer_types=["linear_attention"] * 3 + ["full_attention"],
         linear_num_heads=4,
         linear_head_dim=16,
     )

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hwfuse.integrations._rewrite import rule_of
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Attribute of the module that will hold the pack, and the linears in the order of the rows.
@@ -24,7 +26,7 @@ class _Pack(NamedTuple):
     """One GEMM's weight, and the parameters that are views of it."""
 
     weight: Tensor
-    sources: tuple[nn.Parameter, ...]
+    sources: tuple[Tensor, ...]
 
 
 def obstacle(packs: Packs) -> str | None:
@@ -39,15 +41,21 @@ def obstacle(packs: Packs) -> str | None:
                 return f"one of its linears is a {type(linear).__name__}"
             if found := interception(linear):
                 return f"one of its linears has {found}"
-            weight, first = linear.weight, linears[0].weight
-            if type(weight) is not nn.Parameter:
-                return f"the weight of one of its linears is a {type(weight).__name__}"
             if linear.bias is not None:
                 return "one of its linears has a bias"
-            if weight.dtype not in _DTYPES or weight.dtype != first.dtype:
-                return f"the weights of its linears are {first.dtype} and {weight.dtype}"
-            if weight.device != first.device:
-                return f"the weights of its linears lie on {first.device} and {weight.device}"
+            if found := _difference(linear.weight, linears[0].weight):
+                return found
+    return None
+
+
+def _difference(weight: Tensor, first: Tensor) -> str | None:
+    """Say why two weights cannot be rows of one tensor, or None."""
+    if type(weight) is not nn.Parameter:
+        return f"the weight of one of its linears is a {type(weight).__name__}"
+    if weight.dtype not in _DTYPES or weight.dtype != first.dtype:
+        return f"the weights of its linears are {first.dtype} and {weight.dtype}"
+    if weight.device != first.device:
+        return f"the weights of its linears lie on {first.device} and {weight.device}"
     return None
 
 
@@ -129,9 +137,9 @@ def _is_movable(weight: Tensor) -> bool:
     return not weight.is_meta and not weight.is_inference()
 
 
-def _pack(sources: list[nn.Parameter]) -> _Pack:
+def _pack(sources: list[Tensor]) -> _Pack:
     with torch.inference_mode(mode=False), torch.no_grad():
-        weight = torch.cat([*sources])
+        weight = torch.cat(sources)
         for source, rows in zip(sources, weight.split([len(s) for s in sources]), strict=True):
             source.data = rows
     return _Pack(weight, tuple(sources))
@@ -150,7 +158,11 @@ class _Rows(torch.autograd.Function):
         return None, *gradient.split(ctx.rows)
 
 
-def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - nn.Module's
+def _apply(
+    self: Any,
+    fn: Callable[[Tensor], Tensor],
+    recurse: bool = True,  # noqa: FBT001, FBT002 - nn.Module's own
+) -> Any:
     """Pack again after ``.to``, ``.cuda``, ``.half`` … have moved each weight by itself."""
     self._hwfuse_stock._apply(self, fn, recurse)
     _pack_again(self)
@@ -163,14 +175,15 @@ def __getstate__(self: Any) -> dict[str, Any]:  # noqa: N807 - a method of a rew
     return {name: value for name, value in state.items() if not isinstance(value, _Pack)}
 
 
-def __setstate__(self: Any, state: dict[str, Any]) -> None:  # noqa: N807
+def __setstate__(self: Any, state: dict[str, Any]) -> None:  # noqa: N807 - as above
     self._hwfuse_stock.__setstate__(self, state)
     _pack_again(self)
 
 
 def _pack_again(module: Any) -> None:
-    if getattr(module, "hwfuse_pack", "never") != "never":
-        pack(module, module._hwfuse_rule.packs(module))
+    rule = rule_of(module)
+    if rule and module.hwfuse_pack != "never":
+        pack(module, rule.packs(module))
 
 
 # What a rewritten class with packs needs among its methods.

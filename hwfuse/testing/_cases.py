@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import hwfuse
-from hwfuse import _device, _facts, _op, _state
+from hwfuse import _device, _explain, _facts, _state
 from hwfuse._errors import HwfuseWarning
 from hwfuse._implementation import Implementation
 from hwfuse._spec import Spec
@@ -86,7 +86,7 @@ class Case:
     def arguments(self, device: str | None = None, **changes: Any) -> dict[str, Any]:
         """Make the call's arguments; inside of ``place.entered()``."""
         keywords = {**self.keywords, **changes, "device": device or self.place.device}
-        return _op.inputs(self.spec, seed=SEED, **keywords)
+        return _explain.inputs(self.spec, seed=SEED, **keywords)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hwfuse import InputError, _facts, _op
+from hwfuse import InputError, _explain, _facts
 from hwfuse._implementation import Implementation
 from hwfuse._spec import Spec
 
@@ -90,7 +90,7 @@ def defaults(spec: Spec) -> dict[str, Any]:
 def words_of(spec: Spec, option: str) -> tuple[str, ...]:
     """Ask the op's own check what an option may be: its error lists the words in quotes."""
     try:
-        spec.sizes(**{**_op.inputs(spec, device="meta"), option: "?"})
+        spec.sizes(**{**_explain.inputs(spec, device="meta"), option: "?"})
     except InputError as error:
         return tuple(re.findall(r"'(\w+)'", str(error.needed)))
     return ()
@@ -116,7 +116,7 @@ def _general(spec: Spec) -> dict[str, dict[str, Any]]:
 def _num_elements(spec: Spec, keywords: Mapping[str, Any]) -> int | None:
     """Count the elements of a call's tensors; None if the op does not take them."""
     try:
-        arguments = _op.inputs(spec, device="meta", **keywords)
+        arguments = _explain.inputs(spec, device="meta", **keywords)
         spec.sizes(**arguments)
     except InputError:
         return None

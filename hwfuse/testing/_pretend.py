@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from hwfuse import _device, _state
+from hwfuse import _device, _state, _using
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def pretend(target: str) -> Iterator[None]:
         target: ``"cuda:sm90"``, ``"rocm:gfx942"``, …
     """
     parsed = _device.parse(target)
-    policy = _state.using_policy(_state.context.get(), (), f"pretend {parsed}")
+    policy = _using.using_policy(_state.context.get(), (), f"pretend {parsed}")
     device_token = _device.pretended.set(parsed)
     policy_token = _state.context.set(policy)
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hwfuse
-from hwfuse import InputError, PinnedUnavailable, _implementation, _op, _policy, _select, _state
+from hwfuse import InputError, PinnedUnavailable, _explain, _op, _packages, _policy, _select, _state
 from hwfuse._facts import Fact
 from hwfuse._implementation import REFERENCE
 from hwfuse.testing import _matrix
@@ -69,13 +69,13 @@ def check_reached(case: Case, combinations: Iterable[Mapping[str, Any]]) -> str 
     reasons, winners, is_taken = Counter[str](), Counter[str](), False
     for keywords in combinations:
         with case.place.on_meta():
-            arguments = _op.inputs(case.spec, device="meta", **keywords)
+            arguments = _explain.inputs(case.spec, device="meta", **keywords)
             decision = decide(case, arguments)
             call = _op.make_call(case.spec, arguments)
             winners[_select.select(call, built_in, _state.registry()).chosen] += 1
         is_taken |= decision.chosen == case.implementation
         reasons.update(decision.rejected.get(case.implementation, ()))
-    missing = map(_implementation.missing, case.record.requires.packages)
+    missing = map(_packages.missing, case.record.requires.packages)
     if absent := "; ".join(filter(None, missing)):
         raise NotTaken(absent)
     if not is_taken:
@@ -121,10 +121,10 @@ def _variants(case: Case, keywords: dict[str, Any], fact: Fact) -> Iterator[dict
     """Yield arguments that differ from the ordinary ones in what a fact may speak of."""
     for changed in ({}, *_keyword_changes(case, keywords, fact)):
         try:
-            yield _op.inputs(case.spec, device="meta", **{**keywords, **changed})
+            yield _explain.inputs(case.spec, device="meta", **{**keywords, **changed})
         except InputError:
             continue
-    arguments = _op.inputs(case.spec, device="meta", **keywords)
+    arguments = _explain.inputs(case.spec, device="meta", **keywords)
     for name in case.spec.parameters:
         if isinstance(arguments[name], Tensor):
             yield from ({**arguments, name: tensor} for tensor in _changes(arguments[name]))

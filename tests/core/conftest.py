@@ -10,7 +10,7 @@ from textwrap import dedent
 
 import pytest
 
-from hwfuse import _implementation, _spec, _state
+from hwfuse import _implementation, _packages, _spec, _state
 
 
 class Fakes:
@@ -94,7 +94,7 @@ class Plugins:
     def reload(self):
         """Find and load plugins anew."""
         importlib.invalidate_caches()
-        _implementation.missing.cache_clear()
+        _packages.missing.cache_clear()
         _state._registries.clear()
         _state.forget()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hwfuse
-from hwfuse import _implementation, _spec, _state
+from hwfuse import _implementation, _packages, _spec, _state
 
 QUANT = hwfuse.op("fp8_group_quant")
 X = torch.zeros(2, 128)
@@ -195,7 +195,7 @@ def test_requirement_is_compared_with_what_is_installed(version, requirement, re
     """Missing or too old, in words."""
     plugins.distribution("needed-lib", version, {})
     plugins.reload()
-    assert _implementation.missing(requirement) == reason
+    assert _packages.missing(requirement) == reason
 
 
 def test_requirement_is_met_by_a_distribution_of_another_name(plugins):
@@ -204,10 +204,10 @@ def test_requirement_is_met_by_a_distribution_of_another_name(plugins):
     plugins._write("othermodule/__init__.py", "raise AssertionError('imported')")
     plugins._write("bare_module.py", "")
     plugins.reload()
-    assert _implementation.missing("othermodule>=3.6") is None
+    assert _packages.missing("othermodule>=3.6") is None
     text = "needs othermodule>=3.7; found othermodule 3.6.0"
-    assert _implementation.missing("othermodule>=3.7") == text
-    assert _implementation.missing("bare_module") is None
+    assert _packages.missing("othermodule>=3.7") == text
+    assert _packages.missing("bare_module") is None
 
 
 def test_pypi_aiter_is_not_amds():

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hwfuse
-from hwfuse import _op, _spec
+from hwfuse import _cuda, _op, _spec
 from hwfuse.testing._pretend import pretend
 
 QUANT = hwfuse.op("fp8_group_quant")
@@ -49,6 +50,24 @@ def split_inputs(*, requires_grad=False):
 
 class Wrapped(torch.Tensor):
     """A subclass with torch's own behaviour."""
+
+
+class Holder(torch.Tensor):
+    """A wrapper that unwraps in __torch_dispatch__ and keeps what it saw."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        """Wrap a tensor."""
+        wrapper = cls._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(str(func))
+        return func(*(arg.inner for arg in args), **(kwargs or {}))
 
 
 class Nodes(TorchDispatchMode):
@@ -100,6 +119,20 @@ def test_op_has_its_specs_signature_and_docstring(name):
     assert parameters == expected
     assert type(op).__call__.__doc__ == spec.__doc__
     assert repr(op) == f"hwfuse.op({name!r})"
+
+
+def test_op_shows_its_spec_and_node():
+    """What tools read: names, dimensions, schema, the torch overload."""
+    spec = QUANT.spec
+    assert (spec.name, spec.tensors, spec.positional) == ("fp8_group_quant", ("x",), ("x",))
+    assert spec.dims == {"x": ("m", "k")}
+    assert spec.size_names == ("m", "k", "num_groups")
+    assert spec.schema == (
+        '(Tensor x, *, SymInt group_size=128, str scale_layout="row", '
+        'str scale_format="fp32", ScalarType? dtype=None) -> (Tensor, Tensor)'
+    )
+    assert QUANT.node is torch.ops.hwfuse.fp8_group_quant.default
+    assert hwfuse.op("qkv_rms_norm_").spec.mutates == ("q", "k", "v")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -178,6 +211,15 @@ def test_tensor_subclass_becomes_one_node_and_does_not_recur():
         found = QUANT(X.as_subclass(Wrapped))
     assert nodes.names.count("hwfuse.fp8_group_quant.default") == 1
     assert torch.equal(found[1], expected[1])
+
+
+def test_wrapper_subclass_sees_one_node_and_its_content_runs(fakes):
+    """DTensor and its like decide what to do with the op."""
+    fakes.add("acme/fast")
+    Holder.seen.clear()
+    assert type(QUANT(Holder(X))[0]) is torch.Tensor
+    assert Holder.seen == ["hwfuse.fp8_group_quant.default"]
+    assert fakes.ran == ["acme/fast"]
 
 
 def test_dispatch_mode_sees_exactly_one_node():
@@ -430,15 +472,14 @@ def test_reference_on_an_accelerator_when_the_user_named_it_is_not_announced(mon
 def test_cold_call_in_a_capture_is_refused(monkeypatch):
     """Choosing and compiling cannot happen there."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    on_gpu = type("OnGpu", (), {"is_cuda": True})()
     with pytest.raises(hwfuse.ColdCallInCapture) as error:
-        _op._refuse_capture("fp8_group_quant", on_gpu)
+        _cuda.refuse_capture("fp8_group_quant")
     assert str(error.value) == (
         "first call of fp8_group_quant of its kind inside a CUDA graph capture; choosing and "
         "compiling cannot happen there: call it once before, or "
         "hwfuse.warmup('fp8_group_quant', …)"
     )
-    _op._refuse_capture("fp8_group_quant", X)  # on the CPU nothing is captured
+    QUANT(X)  # on the CPU nothing is captured
 
 
 # Gradients

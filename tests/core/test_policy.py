@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hwfuse
-from hwfuse import _policy, _state
+from hwfuse import _policy, _policy_file, _state
 
 OP = "fp8_group_quant"
 X = torch.zeros(8, 256)
@@ -69,8 +69,8 @@ def test_layers_merge_key_by_key(fakes, tmp_path, monkeypatch):
 def test_op_by_name_stands_above_star_in_one_layer_but_not_across(fakes):
     """Inside a layer the name wins; between layers the higher one."""
     text = f"ops:\n  '*': reference/torch\n  {OP}: [acme/a]\n"
-    lower = _policy.from_yaml(text, "low.yaml")
-    higher = _policy.from_yaml("ops: {'*': acme/b}", "high.yaml")
+    lower = _policy_file.from_yaml(text, "low.yaml")
+    higher = _policy_file.from_yaml("ops: {'*': acme/b}", "high.yaml")
     policy = _policy.Policy((lower, _policy.BUILT_IN))
     assert policy.order(OP, {}).origin == "low.yaml:3"
     assert policy.order("fused_qkvzba", {}).origin == "low.yaml:2"
@@ -91,7 +91,7 @@ ops:
       - when: m <= 64
         order: cuda/cublas
 """
-    policy = _policy.Policy((_policy.from_yaml(text, "h200.yaml"), _policy.BUILT_IN))
+    policy = _policy.Policy((_policy_file.from_yaml(text, "h200.yaml"), _policy.BUILT_IN))
     assert policy.order(OP, {"arch": "sm90", "m": 64}).origin == "h200.yaml:7"
     order = policy.order(OP, {"arch": "sm100", "m": 64})
     assert (order.origin, order.pin) == ("h200.yaml:9", True)
@@ -102,7 +102,7 @@ ops:
 def test_rules_without_order_fall_to_star_of_the_same_layer():
     """A named op with rules only says nothing of other calls; the layer's ``*`` does."""
     text = f"ops:\n  '*': [cuda/triton]\n  {OP}: {{rules: [{{when: m == 1, order: [acme/a]}}]}}\n"
-    policy = _policy.Policy((_policy.from_yaml(text, "x.yaml"), _policy.BUILT_IN))
+    policy = _policy.Policy((_policy_file.from_yaml(text, "x.yaml"), _policy.BUILT_IN))
     assert policy.order(OP, {"m": 1}).ids == ("acme/a",)
     assert policy.order(OP, {"m": 2}).ids == ("cuda/triton",)
 
@@ -121,7 +121,7 @@ def test_rules_act_on_calls(fakes):
 
 def test_empty_file_says_nothing():
     """An empty file is no mistake."""
-    assert _policy.from_yaml("# later\n", "x.yaml") == _policy.Layer()
+    assert _policy_file.from_yaml("# later\n", "x.yaml") == _policy.Layer()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_empty_file_says_nothing():
 def test_mistake_in_a_file_names_line_found_and_needed(text, message):
     """A wrong setting is an error where it is set; the words are pinned."""
     with pytest.raises(hwfuse.ConfigError) as error:
-        _policy.from_yaml(text, "x.yaml")
+        _policy_file.from_yaml(text, "x.yaml")
     assert str(error.value) == message
 
 
@@ -218,7 +218,7 @@ def test_mistake_in_a_file_names_line_found_and_needed(text, message):
 def test_text_that_is_no_policy_names_the_file(text, start):
     """Whatever a file holds, the error says which file; no tag constructs anything."""
     with pytest.raises(hwfuse.ConfigError) as error:
-        _policy.from_yaml(text, "x.yaml")
+        _policy_file.from_yaml(text, "x.yaml")
     assert str(error.value).startswith(start)
 
 
@@ -226,7 +226,7 @@ def test_tag_on_a_list_constructs_nothing():
     """Only nodes are read: a python tag is not obeyed."""
     text = "ops: !!python/object/apply:os.system [exit 1]"
     with pytest.raises(hwfuse.ConfigError, match="needs a mapping"):
-        _policy.from_yaml(text, "x.yaml")
+        _policy_file.from_yaml(text, "x.yaml")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
@@ -250,7 +250,7 @@ def test_nothing_is_read_from_the_working_directory(tmp_path, monkeypatch):
 
 def test_use_variable_pins_ops_and_star():
     """``op=id,*=id``, spaces and empty items do not matter."""
-    layer = _policy.from_use(f" {OP} = cuda/triton ,, *=reference/torch,", "HWFUSE_USE")
+    layer = _policy_file.from_use(f" {OP} = cuda/triton ,, *=reference/torch,", "HWFUSE_USE")
     assert layer.ops[OP].order == _policy.Order(
         ("cuda/triton",), pin=True, origin="HWFUSE_USE", op=OP
     )

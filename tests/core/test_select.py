@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hwfuse import _policy, _select, _spec
+from hwfuse import _policy, _policy_file, _select, _spec
 from hwfuse._device import Target
 from hwfuse._implementation import REFERENCE, Implementation, parse_requires
 from hwfuse._plugins import Backend, Registry
@@ -48,12 +48,12 @@ def choose(order, registry, target=NVIDIA, **keywords):
 
 def listed(*ids, op=OP):
     """Return the order of a list."""
-    return _policy.make_order(list(ids), HERE, op)
+    return _policy_file.make_order(list(ids), HERE, op)
 
 
 def pinned(identifier):
     """Return the order of a string."""
-    return _policy.make_order(identifier, HERE, OP)
+    return _policy_file.make_order(identifier, HERE, OP)
 
 
 def test_list_first_that_can_runs_and_the_rest_is_passed_over():

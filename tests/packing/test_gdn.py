@@ -222,7 +222,10 @@ def test_one_scalar_of_a_fused_checkpoint_becomes_four_and_one_again():
     for layout in LAYOUTS:
         ranks = pack_all(checkpoint, sizes, layout, 4)
         assert ranks[3]["in_proj_qkvz.weight_scale"].tolist() == [0.5] * 4
-        assert_same(unpack_all(ranks, sizes, layout, "fused"), checkpoint)
+        back = unpack_all(ranks, sizes, layout, "fused")
+        assert_same(back, checkpoint)
+        scales = [t["in_proj_qkvz.weight_scale"] for t in (checkpoint, ranks[0], back)]
+        assert len({t.untyped_storage().data_ptr() for t in scales}) == 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,130 @@
+"""All that is said of a choice: reasons, the text of a decision, errors and warnings.
+
+Not loaded while every choice is as expected and nobody asks.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from hwfuse import _facts
+from hwfuse._decision import Decision
+from hwfuse._errors import ConfigError, HwfuseWarning, NoImplementation, PinnedUnavailable
+from hwfuse._facts import Fact
+from hwfuse._implementation import REFERENCE
+from hwfuse._policy import Order
+
+announced: set[tuple[str, ...]] = set()
+
+
+def reason(fact: Fact, values: Mapping[str, Any]) -> str:
+    """Say why a fact does not hold: the statement and what was found."""
+    found = [
+        f"{part} = {_facts.show(_facts.evaluate(code, values))}"
+        for part, code in _leaves(fact.tree)
+    ]
+    return f"needs {fact.source}; found {', '.join(found)}"
+
+
+def _leaves(tree: ast.expr) -> Iterator[tuple[str, CodeType]]:
+    """Yield the largest parts of a comparison that name something, with their code."""
+    parts: list[ast.expr] = []
+    match tree:
+        case ast.Compare(left=left, comparators=rest):
+            parts = [left, *rest]
+        case ast.UnaryOp(operand=ast.Compare(left=left, comparators=rest)):
+            parts = [left, *rest]
+        case _:
+            parts = [tree.operand if isinstance(tree, ast.UnaryOp) else tree]
+    for part in parts:
+        if any(True for _ in _facts.read_by(part, "")):
+            yield ast.unparse(part), _facts.compile_expression(part)
+
+
+def text(decision: Decision) -> str:
+    """Return what a person reads of a decision."""
+    pretended = " (pretended)" if decision.pretended else ""
+    lines = [
+        f"{decision.op} on {decision.facts['target']}{pretended}, order from {decision.origin}"
+    ]
+    known = [f"{name}={value}" for name, value in decision.facts.items() if name != "target"]
+    lines.append("  call: " + " ".join(known))
+    width = max(map(len, (decision.chosen, *decision.passed_over, *decision.rejected)), default=0)
+    if decision.chosen:
+        lines.append(f"  chosen    {decision.chosen}")
+    lines += [f"  could run {name:{width}}  ranked lower" for name in decision.passed_over]
+    for name, reasons in decision.rejected.items():
+        lines.append(f"  rejected  {name:{width}}  {reasons[0]}")
+        lines += [" " * (14 + width) + reason for reason in reasons[1:]]
+    lines += [f"  note: {note}" for note in decision.notes]
+    return "\n".join(lines)
+
+
+def plain(decision: Decision) -> dict[str, Any]:
+    """Return a decision as plain JSON values."""
+    return {
+        "op": decision.op,
+        "chosen": decision.chosen or None,
+        "rejected": {name: list(reasons) for name, reasons in decision.rejected.items()},
+        "passed_over": list(decision.passed_over),
+        "origin": decision.origin,
+        "facts": {name: _json(value) for name, value in decision.facts.items()},
+        "pretended": decision.pretended,
+        "misses": list(decision.misses),
+        "notes": list(decision.notes),
+    }
+
+
+def _json(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool | None) else str(value)
+
+
+def tell(decision: Decision, order: Order, on_miss: tuple[str, str]) -> None:
+    """Raise if nothing runs, or a miss is an error; warn, once, of what the user should know."""
+    how, origin = on_miss
+    hint = f"more: python -m hwfuse explain {decision.op}"
+    if order.pin and not decision.chosen:
+        text = f"{order.ids[0]} is pinned by {order.origin} and cannot take this call"
+        raise PinnedUnavailable(f"{text}\n{decision}\n{hint}", decision)
+    if not decision.chosen:
+        raise NoImplementation(f"nothing can take this call\n{decision}\n{hint}", decision)
+    if decision.misses and how == "error":
+        text = f"{', '.join(decision.misses)} was preferred and cannot run (on_miss, {origin})"
+        raise NoImplementation(f"{text}\n{decision}\n{hint}", decision)
+    if how == "silent" or decision.pretended:
+        return
+    for missed in decision.misses:
+        reasons = "; ".join(decision.rejected[missed])
+        text = f"{decision.op}: {missed} is missed, {decision.chosen} runs: {reasons}. {hint}"
+        announce((decision.op, missed, decision.origin), text)
+    is_asked_for = REFERENCE in order.named or decision.facts["target"] == "cpu"
+    if decision.chosen == REFERENCE and not is_asked_for:
+        where = decision.facts["target"]
+        text = f"{decision.op} runs the reference on {where}, which is slow. {hint}"
+        announce((decision.op, "reference"), text)
+
+
+def announce(key: tuple[str, ...], text: str) -> None:
+    """Warn once per process and key, at the caller's line."""
+    if key not in announced:
+        announced.add(key)
+        level, frame = 1, sys._getframe()  # noqa: SLF001 - inspect.stack reads files
+        while frame.f_back and frame.f_globals.get("__name__", "hwfuse").startswith("hwfuse"):
+            level, frame = level + 1, frame.f_back  # generated functions have no __name__
+        warnings.warn(text, HwfuseWarning, stacklevel=level)
+
+
+def trace(decision: Decision, path: str) -> None:
+    """Append a decision to the file that HWFUSE_TRACE names, as one JSON line."""
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(decision.to_dict()) + "\n")
+    except OSError as error:
+        raise ConfigError(f"HWFUSE_TRACE: {path}: cannot be written: {error}") from error
