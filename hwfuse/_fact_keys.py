@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection
 
-from hwfuse import _facts
+from hwfuse import _fact_parser
 from hwfuse._facts import DEVICE_NAMES, Fact
 from hwfuse._spec import Spec
 
@@ -18,7 +18,7 @@ def key_parts(spec: Spec, facts: Collection[Fact]) -> tuple[set[str], list[str]]
         if fact.names <= DEVICE_NAMES:
             continue  # decided by the device, which is in the key
         inline = _Inline(spec)
-        text = ast.unparse(inline.visit(_facts.quoted(fact.tree)))
+        text = ast.unparse(inline.visit(_fact_parser.quoted(fact.tree)))
         hoisted |= inline.hoisted
         parts += sorted(inline.reads) if inline.simple or inline.derived else [text]
         if inline.derived:  # all that `sizes` can compute from goes into the key

@@ -104,9 +104,13 @@ def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...
             raise ValueError(f"{arch!r} is not an arch; write sm90 or gfx942")
     for requirement in data.get("packages", ()):
         parse_requirement(requirement)
-    facts = tuple(_facts.parse(text) for text in data.get("facts", ()))
-    for fact in facts:
-        _facts.check_names(fact, spec.vocabulary)
+    facts: tuple[Fact, ...] = ()
+    if data.get("facts"):
+        from hwfuse import _fact_parser
+
+        facts = tuple(_fact_parser.parse(text) for text in data["facts"])
+        for fact in facts:
+            _fact_parser.check_names(fact, spec.vocabulary)
     return Requires(
         arch=tuple(data.get("arch", ())),
         packages=(*packages, *data.get("packages", ())),

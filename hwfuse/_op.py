@@ -278,7 +278,8 @@ class _Namespace(torch._ops._OpNamespace):
     def __getattr__(self, name: str) -> Any:
         if name in _spec.names() and name not in _defined:
             _ = _create(name).node
-        return super().__getattr__(name)
+        # Registering looked the name up already; asking again would make a second object of it.
+        return self.__dict__.get(name) or super().__getattr__(name)
 
 
 torch.ops.hwfuse = _Namespace("hwfuse")  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hwfuse import _facts, _spec
+from hwfuse import _fact_parser, _spec
 from hwfuse._errors import ConfigError, UnknownImplementation, suggestion
 from hwfuse._implementation import REFERENCE
 from hwfuse._plugins import Registry
@@ -191,9 +191,9 @@ def _rule(op: str, value: Any, origin: str) -> Rule:
     when = data["when"] if isinstance(data["when"], list) else [data["when"]]
     words = frozenset() if op == "*" else _spec.load(op).vocabulary
     try:
-        facts = tuple(_facts.parse(text) for text in when)
+        facts = tuple(_fact_parser.parse(text) for text in when)
         for fact in facts:
-            _facts.check_names(fact, words)
+            _fact_parser.check_names(fact, words)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{data.where('when')}: {error}") from None
     return Rule(facts, make_order(data["order"], data.where("order"), op))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from hwfuse import _facts
+from hwfuse import _fact_parser, _facts
 from hwfuse._decision import Decision
 from hwfuse._errors import ConfigError, HwfuseWarning, NoImplementation, PinnedUnavailable
 from hwfuse._facts import Fact
@@ -44,8 +44,8 @@ def _leaves(tree: ast.expr) -> Iterator[tuple[str, CodeType]]:
         case _:
             parts = [tree.operand if isinstance(tree, ast.UnaryOp) else tree]
     for part in parts:
-        if any(True for _ in _facts.read_by(part, "")):
-            yield ast.unparse(part), _facts.compile_expression(part)
+        if any(True for _ in _fact_parser.read_by(part, "")):
+            yield ast.unparse(part), _fact_parser.compile_expression(part)
 
 
 def text(decision: Decision) -> str:

@@ -11,7 +11,6 @@ from hwfuse import layouts
 from hwfuse._checks import check, same_device
 from hwfuse._device import fp8_dtype
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 
 BLOCK = 128
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -138,6 +137,8 @@ def make_inputs(
     """
     if is_preshuffled and n % 16:
         raise InputError("n", n, "a multiple of 16 for a preshuffled weight")
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     fp8 = fp8 or fp8_dtype(device)
     num_groups = k // BLOCK

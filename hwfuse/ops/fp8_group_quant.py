@@ -11,7 +11,6 @@ from hwfuse import layouts
 from hwfuse._checks import check
 from hwfuse._device import fp8_dtype
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -143,6 +142,8 @@ def make_inputs(
     second row on, every sixteenth row has in its first group: zeros, a NaN, an infinity, an
     outlier, or numbers below the floor of the scale.
     """
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     x = random.rows(m, k, row_pad=row_pad, dtype=dtype)
     exponents = random.integers(-6, 7, m, k // group_size, dtype=torch.float32)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hwfuse._checks import check, same_device
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIMS = {"x": "m hidden_size", "w_qkvbfg": "n hidden_size", "w_fg": "gates p head_dim"}
@@ -119,6 +118,8 @@ def make_inputs(
 
     Both products have numbers of size 1.  With *row_pad* x is a slice of wider rows.
     """
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     p = num_heads * head_dim
     n = 3 * p + num_heads + 2 * head_dim

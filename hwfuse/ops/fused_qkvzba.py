@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hwfuse._checks import check, same_device
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("interleaved", "contiguous")
@@ -147,6 +146,8 @@ def make_inputs(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return one call's arguments; with *row_pad* both tensors are slices of wider rows."""
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     width = 2 * num_k_heads * head_k_dim + 2 * num_v_heads * head_v_dim
     return {

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hwfuse._checks import same_device
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 from hwfuse.ops import qkv_rms_norm as family
 from hwfuse.ops.qkv_rms_norm import _check_weight, _rows_and_heads
 
@@ -124,6 +123,8 @@ def make_inputs(
 
     Magnitudes differ from token to token, and every sixteenth token from the second on is zero.
     """
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     widths = [num_q_heads * head_dim, num_kv_heads * head_dim]
     rows = random.rows(m, sum(widths), row_pad=row_pad, dtype=dtype)

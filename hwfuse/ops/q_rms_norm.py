@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hwfuse._checks import same_device
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 from hwfuse.ops import qkv_rms_norm as family
 from hwfuse.ops.qkv_rms_norm import _check_weight, _rows_and_heads
 
@@ -107,6 +106,8 @@ def make_inputs(
 
     Magnitudes differ from token to token, and every sixteenth token from the second on is zero.
     """
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     q = random.rows(m, num_q_heads * head_dim, row_pad=row_pad, dtype=dtype)
     q *= random.integers(-8, 9, m, 1, dtype=torch.float32).exp2().to(dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hwfuse._checks import check, same_device
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DIMS = {
@@ -136,6 +135,8 @@ def make_inputs(
 
     Magnitudes differ from token to token, and every sixteenth token from the second on is zero.
     """
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     widths = [num_q_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     qkv = random.rows(m, sum(widths), row_pad=row_pad, dtype=dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hwfuse._checks import check
 from hwfuse._errors import InputError
-from hwfuse._random import Random
 
 DIMS = {"topk_ids": "m topk"}
 
@@ -113,6 +112,8 @@ def make_inputs(
     Every fourth token from the second on sends all its routes to the last expert; every fourth
     from the third on sends them to other ranks.
     """
+    from hwfuse._random import Random
+
     random = Random(seed, device)
     topk_ids = random.integers(-1, num_experts + 1, m, topk, dtype=dtype)
     topk_ids[1::4] = num_experts - 1

@@ -39,7 +39,7 @@ def test_explain_unknown_op_lists_ops(run):
     """An unknown op is usage, and says what there is."""
     result = run("explain", "fused_qkvz", "--m", "4")
     assert result.code == 2
-    assert "no op is called 'fused_qkvz' (did you mean 'fused_qkvzba'?); ops: fp8_" in result.err
+    assert "no op is called 'fused_qkvz' (did you mean 'fused_qkvzba'?); ops: " in result.err
 
 
 def test_explain_wrong_type_says_what_is_needed(run):

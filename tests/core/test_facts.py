@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hwfuse import _facts
+from hwfuse import _fact_parser
 
 VALUES = {
     "x": torch.zeros(4, 8, dtype=torch.bfloat16)[:, 1:],
@@ -57,7 +57,7 @@ VALUES = {
 )
 def test_fact_of_a_call_holds_or_not(source, expected):
     """Each form of the language means what it says in Python."""
-    assert _facts.parse(source).holds(VALUES) is expected
+    assert _fact_parser.parse(source).holds(VALUES) is expected
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_fact_of_a_call_holds_or_not(source, expected):
 )
 def test_fact_that_does_not_hold_says_what_was_found(source, reason):
     """A reason is the statement and the values it looked at."""
-    assert _facts.parse(source).reason(VALUES) == reason
+    assert _fact_parser.parse(source).reason(VALUES) == reason
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_fact_that_does_not_hold_says_what_was_found(source, reason):
 def test_fact_outside_the_language_is_refused(source):
     """Nothing passes that could call, assign or reach another object: policy files use it too."""
     with pytest.raises(ValueError, match=r"is not part of the language|needs a comparison"):
-        _facts.parse(source)
+        _fact_parser.parse(source)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_fact_outside_the_language_is_refused(source):
 def test_refused_fact_says_why(source, message):
     """The text shows the fact and the part that is wrong."""
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole text is compared
-        _facts.parse(source)
+        _fact_parser.parse(source)
     assert str(error.value) == message
 
 
@@ -133,22 +133,22 @@ def test_check_names_unknown_name_is_refused_with_a_suggestion():
     with pytest.raises(
         ValueError, match=r"^'num_group == 2': unknown name 'num_group' \(did you m"
     ):
-        _facts.check_names(_facts.parse("num_group == 2"), ["m", "num_groups"])
-    _facts.check_names(_facts.parse("arch == sm90"), [])
+        _fact_parser.check_names(_fact_parser.parse("num_group == 2"), ["m", "num_groups"])
+    _fact_parser.check_names(_fact_parser.parse("arch == sm90"), [])
 
 
 def test_holds_when_the_fact_is_a_bug_raises():
     """A bug is no refusal."""
     with pytest.raises(IndexError):
-        _facts.parse("x.shape[5] == 1").holds(VALUES)
+        _fact_parser.parse("x.shape[5] == 1").holds(VALUES)
 
 
 def test_reads_tells_a_dtype_from_the_rest_of_a_tensor():
     """`bind` knows a promised dtype and nothing else of a tensor."""
-    assert _facts.parse("x.dtype == bfloat16").reads == {"x.dtype"}
-    fact = _facts.parse("x.stride(0) == m * 2")
+    assert _fact_parser.parse("x.dtype == bfloat16").reads == {"x.dtype"}
+    fact = _fact_parser.parse("x.stride(0) == m * 2")
     assert fact.reads == {"x", "m"}
-    assert _facts.parse("x.dtype == dtype").names == {"x", "dtype"}
+    assert _fact_parser.parse("x.dtype == dtype").names == {"x", "dtype"}
 
 
 @pytest.mark.parametrize(
@@ -163,4 +163,4 @@ def test_reads_tells_a_dtype_from_the_rest_of_a_tensor():
 )
 def test_thresholds_are_the_numbers_a_size_is_compared_with(source, expected):
     """The parity harness looks at both sides of them."""
-    assert list(_facts.thresholds(_facts.parse(source))) == expected
+    assert list(_fact_parser.thresholds(_fact_parser.parse(source))) == expected

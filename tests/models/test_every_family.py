@@ -104,7 +104,7 @@ def test_unpatch_when_patched_leaves_nothing_behind(family, model, calls_in):
 
 
 @ALL
-def test_state_dict_when_patched_has_the_same_names_values_and_size(family, stock, model):
+def test_state_dict_when_patched_has_the_same_names_values_and_size(stock, model):
     """Nothing is added or renamed, and nothing lies in memory twice."""
     patch(model, pack=family.pack)
     assert vars(model.state_dict()) == vars(stock().state_dict())  # versions, for loaders
@@ -127,7 +127,7 @@ def test_state_dict_when_patched_has_the_same_names_values_and_size(family, stoc
 
 @ONE_OF_EACH_RULE
 def test_save_pretrained_when_patched_loads_into_an_unpatched_model(
-    family, stock, model, logits_of, tmp_path
+    stock, model, logits_of, tmp_path
 ):
     """A saved model does not know that it was patched."""
     patch(model)
@@ -162,7 +162,7 @@ def test_duplicate_when_patched_is_patched_and_independent(
 
 
 @ONE_OF_EACH_RULE
-def test_gradients_when_patched_are_those_of_the_stock_model(family, stock, model):
+def test_gradients_when_patched_are_those_of_the_stock_model(stock, model):
     """Training works, through packed weights too: each parameter gets its own rows' gradient."""
     reference = copy.deepcopy(stock())
     patch(model)
