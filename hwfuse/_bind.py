@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwfuse import _cuda, _device, _facts, _guard, _select, _state
+from hwfuse import _cuda, _device, _facts, _guard, _report, _select, _state
 from hwfuse._errors import InputError, suggestion
 from hwfuse._facts import Fact
 from hwfuse._select import Call
@@ -126,7 +126,9 @@ def _guarded(
         known = {**spec.sizes(**arguments)._asdict(), **arguments, **words}
         for fact in facts:
             if not fact.holds(known):
-                raise InputError(spec.name, fact.reason(known), "what was promised to bind")
+                raise InputError(
+                    spec.name, _report.reason(fact, known), "what was promised to bind"
+                )
         if len(table) >= _guard.TABLE_LIMIT:
             table.clear()
         launched = _cuda.on(device, function) if device.type == "cuda" else function

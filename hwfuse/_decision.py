@@ -42,12 +42,12 @@ class Decision:
         return (*call, self.chosen, self.passed_over, *needs)
 
     def __str__(self) -> str:
-        from hwfuse import _report
+        from hwfuse import _decision_text
 
-        return _report.text(self)
+        return _decision_text.text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        from hwfuse import _report
+        from hwfuse import _decision_text
 
-        return _report.plain(self)
+        return _decision_text.plain(self)

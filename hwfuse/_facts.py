@@ -67,12 +67,6 @@ class Fact:
         """Evaluate on a call's values.  An exception here is a bug and is not caught."""
         return bool(evaluate(self.code, values))
 
-    def reason(self, values: Mapping[str, Any]) -> str:
-        """Say why it does not hold: the statement and what was found."""
-        from hwfuse import _report
-
-        return _report.reason(self, values)
-
 
 def evaluate(code: CodeType, values: Mapping[str, Any]) -> Any:
     """Run a compiled part of a fact on a call's values."""

@@ -96,14 +96,7 @@ def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...
             raise ValueError(f"REQUIRES has no key {key!r}{suggestion(key, _KEYS)}")
     for key in ("arch", "packages", "facts"):
         check_strings(f"REQUIRES[{key!r}]", data.get(key, ()))
-    for trait in _TRAITS:
-        if not isinstance(data.get(trait, False), bool):
-            raise ValueError(f"REQUIRES[{trait!r}] is {data[trait]!r}, needs a bool")  # noqa: TRY004
-    for arch in data.get("arch", ()):
-        if arch.startswith(("sm", "gfx")) and not _facts.ARCH.fullmatch(arch):
-            raise ValueError(f"{arch!r} is not an arch; write sm90 or gfx942")
-    for requirement in data.get("packages", ()):
-        parse_requirement(requirement)
+    _check_values(data)
     facts: tuple[Fact, ...] = ()
     if data.get("facts"):
         from hwfuse import _fact_parser
@@ -117,6 +110,17 @@ def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...
         facts=facts,
         **{trait: data.get(trait, False) for trait in _TRAITS},
     )
+
+
+def _check_values(data: Mapping[str, Any]) -> None:
+    for trait in _TRAITS:
+        if not isinstance(data.get(trait, False), bool):
+            raise ValueError(f"REQUIRES[{trait!r}] is {data[trait]!r}, needs a bool")  # noqa: TRY004
+    for arch in data.get("arch", ()):
+        if arch.startswith(("sm", "gfx")) and not _facts.ARCH.fullmatch(arch):
+            raise ValueError(f"{arch!r} is not an arch; write sm90 or gfx942")
+    for requirement in data.get("packages", ()):
+        parse_requirement(requirement)
 
 
 def check_strings(what: str, value: object) -> None:

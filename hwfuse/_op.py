@@ -75,12 +75,6 @@ class Op:
 
         return call
 
-    def explain(self, *args: Any, **kwargs: Any) -> Decision:
-        """Return the decision for a call without running it; see `hwfuse.explain`."""
-        from hwfuse import _explain
-
-        return _explain.explain(self.spec.name, *args, **kwargs)
-
     def bind(self, *, device: torch.device | str, **constants: Any) -> Callable[..., Any]:
         """Decide once and return the implementation with *constants* filled in; see _bind.py."""
         from hwfuse import _bind

@@ -139,7 +139,9 @@ def _fact_reasons(facts: Sequence[Fact], call: Call) -> list[str]:
         if fact.reads & call.unknown:
             reasons.append(f"not known yet whether {fact.source}")
         elif not fact.holds(call.values):
-            reasons.append(fact.reason(call.values))
+            from hwfuse import _report
+
+            reasons.append(_report.reason(fact, call.values))
     return reasons
 
 

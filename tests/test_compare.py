@@ -149,3 +149,14 @@ def test_inverse_ties_one_map_to_the_other():
     assert "first at (3,): found 7" in verdict("inverse", tail, expected, routes, of="rows")
     outside = {"rows": torch.tensor([[9, -1]])}
     assert "past the end 4" in verdict("inverse", expected, expected, outside, of="rows")
+
+
+@pytest.mark.parametrize("used", [torch.tensor([0, 1, 2]), torch.tensor([[1, -1], [-1, 0]])])
+def test_valid_rows_frees_the_rows_behind_them_only(used):
+    """``expert_offsets`` and ``route_to_row`` say how many rows of an output are specified."""
+    others, x = {"used": used}, torch.ones(4, 5)
+    tail, row = x.clone(), x.clone()
+    tail[2:], row[1] = NAN, 2.0
+    assert verdict("bitwise", tail, x, others, valid_rows="used") is None
+    assert "5 of 10 elements" in verdict("bitwise", row, x, others, valid_rows="used")
+    assert "5 of 10 elements" in verdict("bitwise", x, row, others, valid_rows="used")

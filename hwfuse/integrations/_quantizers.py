@@ -15,7 +15,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hwfuse._errors import InputError, IntegrationError
 from hwfuse.nn import FP8BlockExperts, FP8BlockLinear, W4A8Experts
 
-_DTYPES = (torch.bfloat16, torch.float16)
 # What transformers notes on a class of experts, and the only values that ours compute with.
 _EXPERTS = {
     "has_gate": True,
@@ -45,6 +44,7 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]  # untyped
         "modules_to_convert": (None, []),
         "dequantize": (False,),
     }
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
@@ -66,9 +66,9 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]  # untyped
                 )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Refuse a model dtype that the GEMM does not return."""
-        if dtype not in _DTYPES:
-            raise InputError("dtype", dtype, "torch.bfloat16 or torch.float16")
+        """Refuse a model dtype that the ops do not return."""
+        if dtype not in self.dtypes:
+            raise InputError("dtype", dtype, " or ".join(map(str, self.dtypes)))
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> None:
@@ -181,6 +181,7 @@ class W4AFP8Quantizer(FP8Quantizer):
         "linear_activation_scheme": ("dynamic",),
         "moe_activation_scheme": ("static",),
     }
+    dtypes = (torch.bfloat16,)
 
     def experts(self, num_experts: int, hidden_size: int, intermediate_size: int) -> nn.Module:
         """Return the layer for experts of these sizes."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hwfuse import layouts
-from hwfuse._checks import check
-from hwfuse._device import fp8_dtype
-from hwfuse._errors import InputError
+from hwfuse import _group_quant
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 DIMS = {"x": "m k"}
+Sizes = _group_quant.Sizes
 
 
 def fp8_group_quant(
@@ -70,14 +66,6 @@ def fp8_group_quant(
     raise NotImplementedError
 
 
-class Sizes(NamedTuple):
-    """What follows from the shape of x."""
-
-    m: int
-    k: int
-    num_groups: int
-
-
 def sizes(
     x: Tensor,
     *,
@@ -87,17 +75,7 @@ def sizes(
     dtype: torch.dtype | None = None,
 ) -> Sizes:
     """Check a call and return its sizes."""
-    check("x", x, 2, DTYPES)
-    layouts.check(scale_layout, scale_format)
-    if dtype is not None and dtype not in FP8_DTYPES:
-        raise InputError("dtype", dtype, " or ".join(map(str, FP8_DTYPES)))
-    if group_size < 1:
-        raise InputError("group_size", group_size, "a positive number")
-    m, k = x.shape
-    num_groups = k // group_size
-    if k % group_size or not num_groups:
-        raise InputError("x.shape[1]", k, f"a positive multiple of group_size = {group_size}")
-    return Sizes(m, k, num_groups)
+    return _group_quant.check_rows(x, group_size, scale_layout, scale_format, dtype)
 
 
 def outputs(
@@ -109,18 +87,14 @@ def outputs(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Allocate the results, uninitialised."""
-    m, k, num_groups = sizes(
+    m, k, _ = sizes(
         x,
         group_size=group_size,
         scale_layout=scale_layout,
         scale_format=scale_format,
         dtype=dtype,
     )
-    q = x.new_empty((m, k), dtype=dtype or fp8_dtype(x.device))
-    scale = layouts.empty(
-        m, num_groups, scale_layout=scale_layout, scale_format=scale_format, device=x.device
-    )
-    return q, scale
+    return _group_quant.empty(x, m, k, group_size, scale_layout, scale_format, dtype)
 
 
 def make_inputs(
@@ -136,25 +110,13 @@ def make_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return one call's arguments; *dtype* is x's, *fp8* the results'.
-
-    Magnitudes differ from group to group, so that a scale in another's place shows.  From the
-    second row on, every sixteenth row has in its first group: zeros, a NaN, an infinity, an
-    outlier, or numbers below the floor of the scale.
-    """
+    """Return one call's arguments; *dtype* is x's, *fp8* the results'."""
     from hwfuse._random import Random
 
-    random = Random(seed, device)
-    x = random.rows(m, k, row_pad=row_pad, dtype=dtype)
-    exponents = random.integers(-6, 7, m, k // group_size, dtype=torch.float32)
-    x *= exponents.exp2().repeat_interleave(group_size, dim=1).to(dtype)
-    x[1::16, :group_size] = 0.0
-    x[2::16, group_size // 2] = float("nan")
-    x[3::16, group_size // 3] = -float("inf")
-    x[4::16, group_size - 1] = 3e4
-    x[5::16, :group_size] *= 2.0**-45
     return {
-        "x": x,
+        "x": _group_quant.make_rows(
+            Random(seed, device), m, k, group_size=group_size, row_pad=row_pad, dtype=dtype
+        ),
         "group_size": group_size,
         "scale_layout": scale_layout,
         "scale_format": scale_format,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch import Tensor
 from hwfuse import _moe
 from hwfuse._checks import check, same_device
 from hwfuse._errors import InputError
+
+if TYPE_CHECKING:
+    from hwfuse._random import Random
+
 
 GROUP = 128
 DIMS = {

@@ -17,7 +17,7 @@ from hwfuse import _state, layouts
 from hwfuse._implementation import REFERENCE
 from hwfuse.testing._cases import Case, NotTaken
 from hwfuse.testing._memory import Memory, poisoned, wider_rows
-from hwfuse.testing.compare import bitwise, compare
+from hwfuse.testing.compare import bitwise, compare, valid_rows
 
 Arguments = Mapping[str, Any]
 Results = dict[str, Tensor]
@@ -60,7 +60,8 @@ def check_traits(case: Case) -> None:
             raise case.error(text)
         for _ in range(2 if requires.deterministic else 0):
             for name, again in pinned_results(case, Memory(arguments).arguments).items():
-                if text := bitwise(again, first[name]):
+                used = arguments.get(case.spec.compare[name][1].get("valid_rows", ""))
+                if text := bitwise(valid_rows(again, used), valid_rows(first[name], used)):
                     raise case.error(f"deterministic is declared; {name} of two runs: {text}")
         if requires.batch_invariant:
             _check_batch_invariant(case, arguments, first)

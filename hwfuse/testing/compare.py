@@ -28,6 +28,7 @@ def compare(
 
     Args:
         comparator: Its name and numbers.  A number that is a string names an entry of *others*.
+            ``valid_rows`` restricts any comparator, see the function of that name.
         found: What the implementation gave.
         expected: What the reference gave.
         others: The arguments of the call and all outputs found, by name.
@@ -37,7 +38,20 @@ def compare(
         forms = (f"{x.dtype} {tuple(x.shape)}" for x in (found, expected))
         return "found {}, expected {}".format(*forms)
     values = {k: others[v] if isinstance(v, str) else v for k, v in numbers.items()}
+    used = values.pop("valid_rows", None)
+    found, expected = valid_rows(found, used), valid_rows(expected, used)
     return globals()[name](found, expected, **values)  # type: ignore[no-any-return]
+
+
+def valid_rows(x: Tensor, used: Tensor | None) -> Tensor:
+    """Return the rows of an output that its contract specifies; without *used*, all.
+
+    *used*: ``expert_offsets``, whose last element counts them, or ``route_to_row``, in which each
+    of them stands once.
+    """
+    if used is None:
+        return x
+    return x[: int(used[-1] if used.ndim == 1 else (used >= 0).sum())]
 
 
 def bitwise(found: Tensor, expected: Tensor) -> str | None:

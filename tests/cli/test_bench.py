@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import hwfuse
 from hwfuse._cli import bench
 
 
@@ -49,5 +50,5 @@ def test_bench_selects_by_six_facts():
     with bench._contestants() as calls:
         selected, _ = calls[bench._SELECTED]
         inputs = bench._inputs()
-        assert selected.explain(**inputs).chosen == "bench/six"
+        assert hwfuse.explain(selected.spec.name, **inputs).chosen == "bench/six"
     assert len(set(bench.FACTS)) == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hwfuse import _fact_parser
+from hwfuse import _fact_parser, _report
 
 VALUES = {
     "x": torch.zeros(4, 8, dtype=torch.bfloat16)[:, 1:],
@@ -74,7 +74,7 @@ def test_fact_of_a_call_holds_or_not(source, expected):
 )
 def test_fact_that_does_not_hold_says_what_was_found(source, reason):
     """A reason is the statement and the values it looked at."""
-    assert _fact_parser.parse(source).reason(VALUES) == reason
+    assert _report.reason(_fact_parser.parse(source), VALUES) == reason
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_explain_real_call_is_the_decision_of_that_call_and_runs_nothing(fakes):
     assert decision.rejected["acme/fast"] == ("needs m <= 4; found m = 8",)
     assert decision.facts["x.dtype"] == "float32"
     assert decision.facts["scale_layout"] == "column"
-    assert QUANT.explain(x=X[:4]).chosen == "acme/fast"
+    assert hwfuse.explain("fp8_group_quant", x=X[:4]).chosen == "acme/fast"
     assert fakes.ran == []
     assert hwfuse.decisions() == []
 

@@ -122,6 +122,18 @@ def only_rule(monkeypatch):
     return lambda rule: monkeypatch.setattr(integration, "_RULES", (rule,))
 
 
+@pytest.fixture
+def shapes_out():
+    """Hook a module; returns the list that gets the shape of each output."""
+
+    def shapes_out(module):
+        shapes = []
+        module.register_forward_hook(lambda _m, _inputs, output: shapes.append(tuple(output.shape)))
+        return shapes
+
+    return shapes_out
+
+
 def _plain(model):
     return [model(IDS).logits]
 

@@ -104,7 +104,7 @@ def test_unpatch_when_patched_leaves_nothing_behind(family, model, calls_in):
 
 
 @ALL
-def test_state_dict_when_patched_has_the_same_names_values_and_size(stock, model):
+def test_state_dict_when_patched_has_the_same_names_values_and_size(family, stock, model):
     """Nothing is added or renamed, and nothing lies in memory twice."""
     patch(model, pack=family.pack)
     assert vars(model.state_dict()) == vars(stock().state_dict())  # versions, for loaders

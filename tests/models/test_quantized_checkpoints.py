@@ -2,9 +2,6 @@
 
 What is loaded is compared with a simulated model: the stock one, whose linears and experts multiply
 dequantised weights by quantised and dequantised activations, with plain torch from the same file.
-
-The whole file runs with the transformers that is installed and, in a second process, with the
-other release that `make` puts into the environment (`TRANSFORMERS_OTHER` names another folder).
 """
 
 from __future__ import annotations
@@ -12,17 +9,18 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
 from transformers.quantizers import auto
 
 import hwfuse
@@ -34,7 +32,6 @@ from hwfuse.integrations._tiny_deepseek import (
 )
 from hwfuse.nn import FP8BlockExperts, FP8BlockLinear, W4A8Experts
 
-OTHER = Path(os.environ.get("TRANSFORMERS_OTHER", Path(sys.prefix) / "transformers-5.17"))
 FP8, W4AFP8 = write_fp8_checkpoint, write_w4afp8_checkpoint
 W4AFP8_LISTS = functools.partial(write_w4afp8_checkpoint, input_scale_shape=(1,))
 KINDS = [FP8, W4AFP8, W4AFP8_LISTS]
@@ -80,6 +77,14 @@ def edit(folder, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def declare(folder, *, quantization=(), **settings):
+    """Change the config and the quantization_config in it."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | settings
+    config.setdefault("quantization_config", {}).update(quantization)
+    file.write_text(json.dumps(config))
 
 
 def logits_of(model, ids=IDS):
@@ -378,10 +383,7 @@ def test_load_when_the_config_asks_for_something_else_names_the_setting(
 ):
     """A setting that the layers do not follow is refused, not ignored."""
     kind(stock(), tmp_path)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] |= settings
-    file.write_text(json.dumps(config))
+    declare(tmp_path, quantization=settings)
     with pytest.raises(hwfuse.IntegrationError, match=f"quantization_config.{message}"):
         load(tmp_path)
 
@@ -389,20 +391,76 @@ def test_load_when_the_config_asks_for_something_else_names_the_setting(
 def test_load_when_a_width_is_not_whole_blocks_names_the_module(tmp_path):
     """The GEMM contracts blocks of 128."""
     FP8(stock(), tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"q_lora_rank": 192}))
+    declare(tmp_path, q_lora_rank=192)
     message = r"self_attn.q_b_proj \(Linear\): in_features: found 192, needed a positive multiple"
     with pytest.raises(hwfuse.IntegrationError, match=message):
         load(tmp_path)
 
 
-def test_load_when_the_dtype_is_float32_says_which_are_possible(tmp_path):
-    """The GEMM returns bfloat16 or float16."""
+@pytest.mark.parametrize(
+    ("kind", "dtype", "needed"),
+    [
+        (FP8, torch.float32, "torch.bfloat16 or torch.float16"),
+        (W4AFP8, torch.float16, "torch.bfloat16$"),
+    ],
+)
+def test_load_when_the_dtype_is_not_one_of_the_ops_says_which_are(kind, dtype, needed, tmp_path):
+    """The results of the int4 experts overflow float16."""
+    kind(stock(), tmp_path)
+    with pytest.raises(hwfuse.InputError, match=f"^dtype: found {dtype}, needed {needed}"):
+        load(tmp_path, dtype=dtype)
+
+
+def test_load_when_experts_have_another_activation_says_so(tmp_path):
+    """The ops behind the experts compute SiLU."""
     FP8(stock(), tmp_path)
-    with pytest.raises(
-        hwfuse.InputError, match=r"dtype: found torch.float32, needed torch.bfloat16"
-    ):
-        load(tmp_path, dtype=torch.float32)
+    declare(tmp_path, hidden_act="gelu")
+    with pytest.raises(hwfuse.IntegrationError, match=rf"{EXPERTS} .*act_fn: found GELU.*silu"):
+        load(tmp_path)
+
+
+def test_load_when_experts_lie_otherwise_says_so(tmp_path):
+    """GPT-OSS has biases in its experts, which hwfuse's have not."""
+    config = GptOssConfig(num_hidden_layers=1, hidden_size=128, num_local_experts=2, vocab_size=8)
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    declare(tmp_path, dtype="bfloat16", quantization={"quant_method": "fp8"})
+    with pytest.raises(hwfuse.IntegrationError, match=r"GptOssExperts\): has_bias: found True"):
+        load(tmp_path)
+
+
+def test_load_when_the_checkpoint_is_not_quantised_does_not_quantise(tmp_path):
+    """Quantising while loading is transformers' own affair."""
+    stock().save_pretrained(tmp_path)
+    with pytest.raises(hwfuse.IntegrationError, match="only loads quantised ones"):
+        load(tmp_path, quantization_config=FineGrainedFP8Config())
+
+
+def test_load_when_the_config_leaves_modules_out_leaves_them(tmp_path):
+    """As the checkpoint has them: here the head and one projection are in bfloat16."""
+    FP8(stock(), tmp_path)
+    declare(tmp_path, quantization={"modules_to_not_convert": ["lm_head", KV]})
+
+    def dequantise(tensors):
+        weight = stock().get_submodule(KV).weight.detach().clone()
+        tensors.pop(f"{KV}.weight_scale_inv")
+        tensors[f"{KV}.weight"] = weight
+
+    edit(tmp_path, dequantise)
+    model = load(tmp_path)
+    assert type(model.get_submodule(KV)) is nn.Linear
+    assert type(model.get_submodule(Q_B)) is FP8BlockLinear
+    assert error(logits_of(model), logits_of(simulated(tmp_path))) < 1e-6
+
+
+def test_scale_fmt_when_ue8m0_reaches_every_layer(tmp_path):
+    """DeepSeek-V3.1 was made for activation scales that are powers of two."""
+    FP8(stock(), tmp_path)
+    expected = logits_of(load(tmp_path))
+    declare(tmp_path, quantization={"scale_fmt": "ue8m0"})
+    model = load(tmp_path)
+    formats = {m.scale_format for m in model.modules() if hasattr(m, "scale_format")}
+    assert formats == {"ue8m0"}
+    assert not torch.equal(logits_of(model), expected)
 
 
 def test_load_when_the_dtype_is_float16_computes_in_it(tmp_path):
@@ -448,25 +506,3 @@ def test_registered_when_loading_fails_is_undone():
     with pytest.raises(OSError, match="nowhere"), quantized.registered():
         AutoModelForCausalLM.from_pretrained("/nowhere")
     assert "w4afp8" not in auto.AUTO_QUANTIZER_MAPPING
-
-
-def test_all_of_this_when_run_with_the_other_transformers_holds_too():
-    """The quantizers override what both releases call; here the second one runs."""
-    if os.environ.get("TRANSFORMERS_OTHER") == "":
-        pytest.skip("this is the run with the other release")
-    if not OTHER.is_dir():
-        stop = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-        stop(f"{OTHER} is missing: `make test` installs it")
-    code = (
-        "import sys, pytest;"
-        f"status = pytest.main([{__file__!r}, '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist']);"
-        "found = sys.modules['transformers'].__file__;"
-        f"assert found.startswith({str(OTHER)!r}), found;"
-        "sys.exit(status)"
-    )
-    path = os.pathsep.join(filter(None, [str(OTHER), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "TRANSFORMERS_OTHER": ""}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
