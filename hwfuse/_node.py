@@ -92,3 +92,14 @@ def _backward(spec: Spec, reference: Callable[[], Callable[..., Any] | None]) ->
         return tuple(next(answers) if need else None for need in needs)
 
     return backward
+
+
+def telling_autograd(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    """Wrap an in-place kernel: autograd must notice if it overwrote a tensor saved for backward."""
+    indices = [spec.parameters.index(name) for name in spec.mutates]
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs)
+        torch.autograd.graph.increment_version([args[index] for index in indices])
+
+    return call

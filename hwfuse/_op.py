@@ -142,7 +142,9 @@ class Op:
             function = _cuda.on(first.device, function)
         function = self._with_dtype(function, arguments)
         if self.spec.mutates:
-            function = _telling_autograd(function, self.spec)
+            from hwfuse import _node
+
+            function = _node.telling_autograd(function, self.spec)
         for recorder in _state.recorders:
             function = recorder.counting(function, self.spec.name, decision.chosen)
         facts = _select.deciding_facts(call, order, registry)
@@ -248,17 +250,6 @@ def make_call(
         pretended=_device.pretended.get() is not None if pretended is None else pretended,
         absent=absent,
     )
-
-
-def _telling_autograd(function: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
-    """Wrap an in-place kernel: autograd must notice if it overwrote a tensor saved for backward."""
-    indices = [spec.parameters.index(name) for name in spec.mutates]
-
-    def call(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)
-        torch.autograd.graph.increment_version([args[index] for index in indices])
-
-    return call
 
 
 class _Namespace(torch._ops._OpNamespace):

@@ -59,7 +59,11 @@ class _Hooks:
 
 @dataclass(eq=False)
 class Registry:
-    """The loaded backends.  `problems`: plugin name to what went wrong, for `doctor`."""
+    """The loaded backends.
+
+    `problems`: plugin name to what went wrong, for `doctor`.  `added`: op to implementations
+    without a file, by id; tests put them there.
+    """
 
     backends: dict[str, Backend] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
@@ -67,7 +71,7 @@ class Registry:
     blocked: dict[str, str] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     _files: dict[str, dict[str, Implementation]] = field(default_factory=dict)
-    _extra: dict[str, dict[str, Implementation]] = field(default_factory=dict)
+    added: dict[str, dict[str, Implementation]] = field(default_factory=dict)
 
     def ids(self) -> tuple[str, ...]:
         """Every id that a loaded backend can have, in the backends' own order."""
@@ -75,7 +79,7 @@ class Registry:
 
     def extra_ids(self) -> tuple[str, ...]:
         """Ids added at run time, for any op."""
-        return tuple({identifier for found in self._extra.values() for identifier in found})
+        return tuple({identifier for found in self.added.values() for identifier in found})
 
     def implementations(self, op: str) -> dict[str, Implementation]:
         """Return the implementations of one op by id, reading their files the first time."""
@@ -84,21 +88,11 @@ class Registry:
             for backend in self.backends.values():
                 found |= _read_backend(backend, op)
             self._files[op] = found
-        return self._files[op] | self._extra.get(op, {})
-
-    def add(self, implementation: Implementation) -> None:
-        """Add one implementation that has no file (tests); refuses a taken id."""
-        if implementation.id in self.implementations(implementation.op):
-            raise ValueError(f"{implementation.id} already implements {implementation.op}")
-        self._extra.setdefault(implementation.op, {})[implementation.id] = implementation
-
-    def remove(self, implementation: Implementation) -> None:
-        """Take back what `add` added."""
-        del self._extra[implementation.op][implementation.id]
+        return self._files[op] | self.added.get(op, {})
 
     def vendor_of(self, identifier: str) -> str | None:
         """Return the vendor of the id's backend; None if it serves all or is a stranger's."""
-        for found in self._extra.values():
+        for found in self.added.values():
             if identifier in found:
                 return found[identifier].vendor
         name = identifier.partition("/")[0]
@@ -122,9 +116,9 @@ def load(block: Mapping[str, str], added: dict[str, dict[str, Implementation]]) 
 
     Args:
         block: plugin name to who blocked it.
-        added: what `Registry.add` adds; registries share it, so it outlives a change of *block*.
+        added: what tests add; registries share it, so it outlives a change of *block*.
     """
-    registry = Registry(blocked=dict(block), _extra=added)
+    registry = Registry(blocked=dict(block), added=added)
     for entry in _entry_points():
         if entry.name in block:
             continue

@@ -102,15 +102,6 @@ class Policy:
         """Plugins not to load, each with who said so."""
         return {k: v for layer in reversed(self.layers) for k, v in layer.block.items()}
 
-    def orders(self) -> Iterator[Order]:
-        """Yield every order of every layer, for validation and for `hwfuse config`."""
-        for layer in self.layers:
-            for entry in layer.ops.values():
-                if entry.order:
-                    yield entry.order
-                for rule in entry.rules:
-                    yield rule.order
-
 
 BUILT_IN = Layer(  # names no id: nobody preferred any, so none is missed and no experiment runs
     ops={"*": Entry(Order((REST,), pin=False, origin="built-in"))}, on_miss=("warn", "built-in")

@@ -9,7 +9,7 @@ It names implementations, never modules to import.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,20 @@ def environment() -> list[Layer]:
     return layers
 
 
+def orders(policy: Policy) -> Iterator[Order]:
+    """Yield every order of every layer, for validation and for `hwfuse config`."""
+    for layer in policy.layers:
+        for entry in layer.ops.values():
+            if entry.order:
+                yield entry.order
+            for rule in entry.rules:
+                yield rule.order
+
+
 def validate(policy: Policy, loaded: Registry) -> None:
     """Raise for an id whose backend is loaded and has no such provider."""
     known = (*loaded.ids(), *loaded.extra_ids())
-    for order in policy.orders():
+    for order in orders(policy):
         for identifier in order.named:
             if loaded.unusable(identifier) is None and identifier not in known:
                 text = f"{order.origin}: {order.op}: no provider is called {identifier!r}"

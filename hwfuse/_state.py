@@ -29,7 +29,7 @@ lock = threading.RLock()
 _configured: list[Layer] = []
 _process: Policy | None = None
 _registries: dict[tuple[tuple[str, str], ...], Registry] = {}
-_added: dict[str, dict[str, Implementation]] = {}  # by Registry.add: in every registry
+_added: dict[str, dict[str, Implementation]] = {}  # Registry.added of every registry
 
 
 def policy() -> Policy:

@@ -35,7 +35,7 @@ def test_file_names_only_what_there_is(path, configured):
     """Every key, op and id of a file exists: nothing is an error and every backend is known."""
     configured(path)
     known = {*_policy.BUILT_IN_ORDER, "reference/torch"}
-    for order in _policy.Policy((_policy_file.from_file(path),)).orders():
+    for order in _policy_file.orders(_policy.Policy((_policy_file.from_file(path),))):
         assert set(order.ids) <= known
     assert set(_state.policy().block) <= {"cuda", "rocm"}
 

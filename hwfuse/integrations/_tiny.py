@@ -85,12 +85,12 @@ def tiny_gemma4(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     config = Gemma4TextConfig(
-        **_SIZES,
+        **_SIZES | {"num_key_value_heads": 4},
         num_hidden_layers=4,
         layer_types=["sliding_attention", "full_attention"] * 2,
         head_dim=16,
         global_head_dim=32,  # of full attention, whatever head_dim says
-        num_global_key_value_heads=1,
+        num_global_key_value_heads=2,
         attention_k_eq_v=True,
         num_kv_shared_layers=2,
         sliding_window=8,

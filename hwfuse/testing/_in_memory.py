@@ -39,10 +39,12 @@ def implementation(
     module = function.__module__
     record = Implementation(id, op, vendor, module, None, parsed, function=function)
     registry = _state.registry()
-    registry.add(record)
+    if id in registry.implementations(op):
+        raise ValueError(f"{id} already implements {op}")
+    registry.added.setdefault(op, {})[id] = record
     _state.forget()
     try:
         yield record
     finally:
-        registry.remove(record)
+        del registry.added[op][id]
         _state.forget()

@@ -32,7 +32,9 @@ class Fakes:
             requires=_implementation.parse_requires(requires, spec),
             function=self._counted(identifier, function or functools.partial(_zeros, spec)),
         )
-        _state.registry().add(implementation)
+        _state.registry().added.setdefault(implementation.op, {})[implementation.id] = (
+            implementation
+        )
         self._added.append(implementation)
         _state.forget()
         return implementation
@@ -40,7 +42,7 @@ class Fakes:
     def remove_all(self) -> None:
         """Take everything back."""
         for implementation in self._added:
-            _state.registry().remove(implementation)
+            del _state.registry().added[implementation.op][implementation.id]
         _state.forget()
 
     def _counted(self, identifier, function):

@@ -12,6 +12,9 @@ import torch
 import hwfuse
 from hwfuse.testing._pretend import pretend
 
+# Some versions of torch use what they deprecate while they import their compiler.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 QUANT = hwfuse.op("fp8_group_quant")
 SPLIT = hwfuse.op("fused_qkvzba")
 NORM = hwfuse.op("qkv_rms_norm")

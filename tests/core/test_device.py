@@ -48,14 +48,13 @@ def test_target_that_is_none_is_an_input_error(text):
         ({"gcnArchName": "gfx942:sramecc+:xnack-"}, "7.0", "rocm:gfx942"),
     ],
 )
-def test_target_of_a_gpu_is_what_torch_says(properties, hip, expected, monkeypatch):
+def test_target_of_a_gpu_is_what_torch_says(properties, hip, expected):
     """On ROCm torch calls the device cuda too; the arch has suffixes to drop."""
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties)
-    )
-    monkeypatch.setattr(_cuda, "vendor_and_arch", _cuda.vendor_and_arch.__wrapped__)
-    assert str(_device.target_of(torch.device("cuda", 0))) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "hip", hip)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
+        patch.setattr(_cuda, "vendor_and_arch", _cuda.vendor_and_arch.__wrapped__)
+        assert str(_device.target_of(torch.device("cuda", 0))) == expected
 
 
 def test_target_of_another_torch_device_is_its_type():

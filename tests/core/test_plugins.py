@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hwfuse
+from hwfuse.testing import implementation
 from hwfuse import _state
 
 QUANT = hwfuse.op("fp8_group_quant")
@@ -206,7 +207,8 @@ def test_added_implementation_outlives_a_change_of_the_block_list(fakes):
     assert fakes.ran == ["acme/fast"]
 
 
-def test_added_implementation_of_a_taken_id_is_refused(fakes):
+def test_added_implementation_of_a_taken_id_is_refused():
     """Two of one id would make a pin ambiguous."""
+    taken = implementation("fp8_group_quant", "reference/torch", lambda *_: None)
     with pytest.raises(ValueError, match=r"^reference/torch already implements fp8_group_quant$"):
-        fakes.add("reference/torch")
+        taken.__enter__()

@@ -57,13 +57,10 @@ def test_outputs_when_a_rank_has_half_the_heads_are_those_of_the_stock_model(
     for attention in (layer.self_attn for layer in model.model.layers):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             linear = getattr(attention, name, None)
-            if linear is None or (name != "o_proj" and linear.out_features <= attention.head_dim):
-                continue  # one head of k = v is what every rank has
-            columns = name == "o_proj"
-            half = linear.weight.chunk(2, dim=1 if columns else 0)[0]
-            linear.weight = nn.Parameter(half.detach().clone())
-            linear.out_features, linear.in_features = half.shape
-        attention.num_key_value_groups = 2
+            if linear is not None:
+                half = linear.weight.detach().chunk(2, dim=1 if name == "o_proj" else 0)[0]
+                linear.weight = nn.Parameter(half.clone())
+                linear.out_features, linear.in_features = half.shape
     before = logits_of(model)
     patch(model, pack="never")
     assert torch.equal(logits_of(model), before)
@@ -92,7 +89,7 @@ def test_norms_when_one_is_hooked_are_called_one_by_one(
     patch(model)
     seen = shapes_out(model.model.layers[layer].self_attn.v_norm)
     assert difference(logits_of(model), logits_of(stock())) < 1e-5
-    assert seen == [(2, 12, 2, 16) if layer == 0 else (2, 12, 1, 32)]
+    assert seen == [(2, 12, 4, 16) if layer == 0 else (2, 12, 2, 32)]
     assert sum(calls_in(model).values()) == 3
 
 
