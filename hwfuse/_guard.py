@@ -35,13 +35,14 @@ def build(
     hoisted, parts = key_parts(spec, facts)
     table: dict[tuple[Any, ...], Any] = {}
     names: dict[str, Any] = {
-        "get": table.get,
-        "context": context,
-        "other": other,
-        "modes": mode_depth,
+        "_get": table.get,
+        "_context": context,
+        "_other": other,
+        "_modes": mode_depth,
+        "_grad": torch.is_grad_enabled,
+        "_current": _current_device,
     }
-    names |= {"grad": torch.is_grad_enabled, "current": _current_device, "Tensor": Tensor}
-    names |= {"Parameter": Parameter, **DTYPES, **PREDICATES}
+    names |= {"Tensor": Tensor, "Parameter": Parameter, **DTYPES, **PREDICATES}
     by_position = ", ".join(spec.parameters)
     split = len(spec.positional)
     call = ", ".join([*spec.parameters[:split], *(f"{p}={p}" for p in spec.parameters[split:])])
@@ -53,15 +54,15 @@ def key({by_position}):
     {hoist}
     return {key}
 def run({by_position}):
-    if {plain} and not {spec.tensors[0]}.is_meta and not modes():
+    if {plain} and not {spec.tensors[0]}.is_meta and not _modes():
         try:
             {hoist}
-            function = get({key})
+            _found = _get({key})
         except Exception:  # wrong input or a bug in a fact: the cold path raises it by name
-            function = None
-        if function is not None:
-            return function({call})
-    return other({by_position})
+            _found = None
+        if _found is not None:
+            return _found({call})
+    return _other({by_position})
 """
     exec(compile(source, f"<guard of {spec.name}>", "exec"), names)  # noqa: S102
     return names["run"], names["key"], table
@@ -70,11 +71,11 @@ def run({by_position}):
 def key_parts(spec: Spec, facts: Collection[Fact]) -> tuple[set[str], list[str]]:
     """Return the statements that hoist shapes and strides, and the expressions of the memo key."""
     gradients = " or ".join(f"{t}.requires_grad" for t in spec.tensors)
-    parts = ["context()", f"{spec.tensors[0]}.get_device()", f"grad() and ({gradients})"]
+    parts = ["_context()", f"{spec.tensors[0]}.get_device()", f"_grad() and ({gradients})"]
     if "dtype" in spec.parameters:
         parts.append("dtype")
     if torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        parts.append("current()")
+        parts.append(f"{spec.tensors[0]}.is_cuda and _current()")  # a CPU call leaves CUDA alone
     hoisted: set[str] = set()
     if facts:
         from hwfuse import _fact_keys

@@ -114,8 +114,11 @@ class Op:
         """Run the node: the same table, without the look for subclasses and modes."""
         arguments = self.spec.bind(args, kwargs)
         key, table = self._memo
-        function = table.get(key(*arguments.values())) or self._choose(arguments)
-        return function(*args, **kwargs)
+        try:
+            function = table.get(key(*arguments.values()))
+        except Exception:  # noqa: BLE001 - wrong input or a bug in a fact: the cold path names it
+            function = None
+        return (function or self._choose(arguments))(*args, **kwargs)
 
     def _resolved(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if "dtype" in arguments and arguments["dtype"] is None:
@@ -154,16 +157,12 @@ class Op:
         return function
 
     def _remember(
-        self,
-        arguments: Mapping[str, Any],
-        function: Callable[..., Any],
-        facts: frozenset[Fact],
-        memo: tuple[Any, Any],
+        self, arguments: Mapping[str, Any], function: Any, facts: frozenset[Fact], memo: object
     ) -> None:
         with _state.lock:
             if self._memo is not memo:
                 return  # policy or facts changed while this call was decided: decide again
-            if not facts <= self._facts or len(memo[1]) >= _guard.TABLE_LIMIT:
+            if not facts <= self._facts or len(self._memo[1]) >= _guard.TABLE_LIMIT:
                 self._install(self._facts | facts)
             key, table = self._memo
             table[key(*arguments.values())] = function

@@ -228,6 +228,17 @@ def test_using_blocks_repeat_without_filling_the_table(fakes):
     assert len(QUANT._memo[1]) == 2
 
 
+def test_cpu_call_on_a_machine_with_several_gpus_does_not_touch_cuda(fakes, monkeypatch):
+    """Asking CUDA anything makes a context, and raises in a forked data loader."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(_guard, "_current_device", lambda: 1 // 0)
+    fakes.add("acme/fast", facts=("m <= 64",))
+    QUANT(torch.zeros(2, 128))
+    QUANT(torch.zeros(2, 128))
+    assert fakes.ran == ["acme/fast", "acme/fast"]
+
+
 def test_choice_made_before_a_change_is_not_kept_after_it(fakes, monkeypatch):
     """A thread that decides while another configures must not put the old choice into the table."""
     fakes.add("acme/old")

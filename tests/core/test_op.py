@@ -196,6 +196,14 @@ def test_wrong_option_is_a_value_error_that_names_it(is_warm, fakes):
             QUANT(X, scale_layout=wrong)
 
 
+def test_wrong_tensor_through_the_node_is_named_too(fakes):
+    """Compiled code and subclasses come this way."""
+    fakes.add("acme/fast", facts=("k <= 128",))
+    QUANT.node(X, dtype=torch.float8_e4m3fn)
+    with pytest.raises(hwfuse.InputError, match=r"^x.shape: found \(256,\), needed 2 dimensions"):
+        QUANT.node(X[0], dtype=torch.float8_e4m3fn)
+
+
 def test_parameter_is_as_good_as_a_tensor(fakes):
     """`torch.nn.Parameter` stays in the eager path."""
     fakes.add("acme/fast")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hwfuse
-from hwfuse.testing import implementation
 from hwfuse import _state
+from hwfuse.testing import implementation
 
 QUANT = hwfuse.op("fp8_group_quant")
 X = torch.zeros(2, 128)
