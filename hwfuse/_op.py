@@ -211,7 +211,8 @@ def _create(name: str) -> Op:
             # A class per op, so that its call has the op's own signature; never changed again,
             # because compiled code guards on it.
             call = _guard.entrance(spec, _is_tracing)
-            _ops[name] = type(f"Op_{name}", (Op,), {"__call__": call, "__slots__": ()})(spec)
+            body = {"__call__": call, "__doc__": spec.function.__doc__, "__slots__": ()}
+            _ops[name] = type(f"Op_{name}", (Op,), body)(spec)
     return _ops[name]
 
 

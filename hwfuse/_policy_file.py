@@ -74,7 +74,7 @@ def make_order(value: object, origin: str, op: str) -> Order:
         return Order((_identifier(value, origin),), pin=True, origin=origin, op=op)
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f"{origin}: found {value!r}, needs an id or a list of ids")
-    ids = tuple(v if v == REST else _identifier(v, origin) for v in value)
+    ids = tuple(REST if v in (REST, ...) else _identifier(v, origin) for v in value)
     if len(set(ids)) != len(ids):
         raise ConfigError(f"{origin}: an id is listed twice in {list(ids)}")
     if REST in ids[:-1]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hwfuse import _spec, _state
+from hwfuse._cli import _ops_page
 from hwfuse._cli._output import emit, say, table
 from hwfuse._errors import InputError, suggestion
 from hwfuse._implementation import Implementation
@@ -25,13 +26,17 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:  #
     form.add_argument("--json", action="store_true", help="print everything as JSON")
     form.add_argument("--markdown", action="store_true", help="op × implementation, for a README")
     form.add_argument("--update", metavar="FILE", type=Path, help="renew that table in a file")
+    form.add_argument(
+        "--docs", metavar="FILE", type=Path, help="write the ops' contracts to a file"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the table."""
     check_backends(options.backend)
     chosen = options.op or _spec.names()
-    backends = options.backend or (_ours() if options.markdown or options.update else None)
+    is_published = options.markdown or options.update or options.docs
+    backends = options.backend or (_ours() if is_published else None)
     found = {op: implementations(op, backends) for op in chosen}
     if options.json:
         emit([describe(one) for per_op in found.values() for one in per_op])
@@ -39,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         say(markdown(found))
     elif options.update:
         update(options.update, markdown(found))
+    elif options.docs:
+        options.docs.write_text(_ops_page.page(found), encoding="utf-8")
     else:
         rows = [row for op, per_op in found.items() for row in _rows(op, per_op)]
         table(("op", "implementation", "runs on", "needs"), rows)

@@ -59,6 +59,31 @@ def test_ops_update_without_marks_changes_nothing(run, tmp_path):
     assert "needed a file with the lines '<!-- ops table: hwfuse ops --markdown -->'" in result.err
 
 
+def test_docs_page_is_the_generated_one(run, tmp_path):
+    """docs/ops.md holds what the specs say; after a change: hwfuse ops --docs docs/ops.md."""
+    committed = Path(__file__).parents[2] / "docs" / "ops.md"
+    generated = tmp_path / "ops.md"
+    assert run("ops", "--docs", str(generated)).code == 0
+    assert committed.read_text(encoding="utf-8") == generated.read_text(encoding="utf-8")
+
+
+def test_docs_page_says_all_that_an_op_declares(run, tmp_path):
+    """Arguments, results, sizes, comparators and implementations; another op is a link."""
+    path = tmp_path / "ops.md"
+    assert run("ops", "--docs", str(path), "moe_permute_fp8_quant").code == 0
+    text = path.read_text(encoding="utf-8")
+    assert "\n## moe_permute_fp8_quant\n" in text
+    assert "[`w4a8_moe_prep`](#w4a8_moe_prep)" in text
+    spec = hwfuse.op("moe_permute_fp8_quant").spec
+    for name in (*spec.parameters, *spec.compare):
+        assert f"\n- `{name}`: " in text
+    for word in (*spec.size_names, "reference/torch"):
+        assert f"`{word}`" in text
+    ((comparator, numbers),) = spec.compare.values()
+    assert f"`{comparator}(" in text
+    assert all(f"{name}={value}" in text for name, value in numbers.items())
+
+
 def test_ops_unknown_backend_says_which_there_are(run):
     """A backend that is not loaded is usage."""
     result = run("ops", "--backend", "cude")

@@ -372,3 +372,9 @@ def test_using_nested_the_inner_wins_and_the_outer_comes_back(fakes):
             raise ZeroDivisionError
         seen.append(decide().chosen)
     assert seen == ["acme/a", "acme/b", "reference/torch", "acme/a"]
+
+
+def test_order_when_written_with_an_ellipsis_has_the_rest():
+    """In Python ``...`` is an object, in YAML a word; both mean then the rest."""
+    order = _policy_file.make_order(["cuda/triton", ...], "here", OP)
+    assert order.ids == ("cuda/triton", "...")
