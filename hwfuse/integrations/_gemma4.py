@@ -49,11 +49,17 @@ FUSED_VALUE = """
 value_states = value_states.transpose(1, 2)
 """
 
-_MODES = {
+_PROJECTIONS = {
+    QKVNormMode.Q: ("q_proj",),
+    QKVNormMode.Q_KEQV: ("q_proj", "k_proj"),
+    QKVNormMode.QKV: ("q_proj", "k_proj", "v_proj"),
+}
+_WORDS = {
     QKVNormMode.Q: "norm of q; k and v are another layer's",
     QKVNormMode.Q_KEQV: "norms of q and k = v",
     QKVNormMode.QKV: "norms of q, k and v",
 }
+_PACK = "hwfuse_qkv"
 # Tensor parallelism puts this around the norms: it adds up gradients and does nothing else.
 _ADDS_GRADIENTS = "ReplicatedWithGradAllReduce.install_forward.<locals>.tp_forward"
 
@@ -72,7 +78,8 @@ def hwfuse_project_and_norm(self: Any, hidden_states: Tensor) -> list[Tensor | N
             eps=self.q_norm.eps,
         )
         normed = [normed] if isinstance(normed, Tensor) else normed
-        heads = [part.view(*hidden_states.shape[:-1], -1, self.head_dim) for part in normed]
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        heads = [part.view(shape) for part in normed]
     else:
         raw = [part.unflatten(-1, (-1, self.head_dim)) for part in projected]
         raw += raw[-1:] * (len(norms) - len(raw))  # k = v
@@ -83,26 +90,22 @@ def hwfuse_project_and_norm(self: Any, hidden_states: Tensor) -> list[Tensor | N
 def _project(module: Any, hidden_states: Tensor) -> list[Tensor]:
     """Return what the layer projects: q; q and k = v; or q, k and v."""
     linears = _linears(module)
-    weights = _view_packing.packed_weights(module, packs(module))
-    if not weights:
-        return [linear(hidden_states) for linear in linears]
-    widths = [linear.out_features for linear in linears]
-    return [*F.linear(hidden_states, weights[0]).split(widths, dim=-1)]
+    if len(linears) > 1:
+        weights = _view_packing.packed_weights(module, {_PACK: linears}, hidden_states)
+        if weights:
+            widths = [linear.out_features for linear in linears]
+            return [*F.linear(hidden_states, weights[0]).split(widths, dim=-1)]
+    return [linear(hidden_states) for linear in linears]
 
 
 def packs(module: Any) -> dict[str, Sequence[nn.Linear]]:
     """Return the projections in the order of `pack_gemma4`; one alone needs no packing."""
     linears = _linears(module)
-    return {"hwfuse_qkv": linears} if len(linears) > 1 else {}
+    return {_PACK: linears} if len(linears) > 1 else {}
 
 
 def _linears(module: Any) -> list[Any]:
-    linears = {
-        QKVNormMode.Q: ("q_proj",),
-        QKVNormMode.Q_KEQV: ("q_proj", "k_proj"),
-        QKVNormMode.QKV: ("q_proj", "k_proj", "v_proj"),
-    }
-    return [getattr(module, name) for name in linears[_mode(module)]]
+    return [getattr(module, name) for name in _PROJECTIONS[_mode(module)]]
 
 
 def _norms(module: Any) -> list[Any]:
@@ -151,7 +154,10 @@ def _use(module: Any, pack: str) -> Use:
         sizes["num_kv_heads"] = heads[1]
     is_packed = packs(module) and pack != "never" and not _view_packing.obstacle(packs(module))
     gemms = f"one GEMM instead of {len(linears)}" if is_packed else "the model's own linears"
-    return Use(f"{_MODES[mode]}; {gemms}", ((mode.value, sizes),))
+    with torch.no_grad():
+        if not all(_is_own_code(module, norm) for norm in _norms(module)):
+            return Use(f"the model's own norms, as one is hooked or replaced; {gemms}")
+    return Use(f"{_WORDS[mode]}; {gemms}", ((mode.value, sizes),))
 
 
 RULE = Rule(

@@ -66,7 +66,7 @@ hidden_shape = (*forget_gate.shape[:2], -1, self.head_dim)
 
 def hwfuse_project(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q|k|v, beta's logits, the forget gate and the output gate before its sigmoid."""
-    weights = _view_packing.packed_weights(self, packs(self))
+    weights = _view_packing.packed_weights(self, packs(self), hidden_states)
     if weights is None or _view_packing.interception(self.forget_gate):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         return (
@@ -109,6 +109,8 @@ def _objection(module: Any) -> str | None:
 
 
 def _use(module: Any, _pack: str) -> Use:
+    if found := _view_packing.interception(module.forget_gate):
+        return Use(f"its own linears: forget_gate has {found}")
     sizes = {
         "hidden_size": module.hidden_size,
         "num_heads": module.num_heads,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hwfuse
-from hwfuse import packing
 from hwfuse.integrations import _view_packing
 from hwfuse.integrations._rewrite import Edit, Rule, Use
 
@@ -48,30 +47,37 @@ core_attn_out = self.hwfuse_norm(core_attn_out, z)
 
 def hwfuse_project(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q|k|v, z (by heads), b and a, each with the leading dimensions of the input."""
-    weights = _view_packing.packed_weights(self, packs(self))
+    projections = packs(self)
+    weights = _view_packing.packed_weights(self, projections, hidden_states)
+    (linears,) = projections.values()
     if weights is None:
-        z = self.in_proj_z(hidden_states)
-        return (
-            self.in_proj_qkv(hidden_states),
-            z.reshape(*z.shape[:-1], -1, self.head_v_dim),
-            self.in_proj_b(hidden_states),
-            self.in_proj_a(hidden_states),
-        )
-    rows = F.linear(hidden_states, weights[0])
-    ba_width = 2 * self.in_proj_b.out_features
-    qkvz, ba = rows.split([rows.shape[-1] - ba_width, ba_width], dim=-1)
-    dims = {"head_k_dim": self.head_k_dim, "head_v_dim": self.head_v_dim}
-    if _dense_consumer(self) is None or self.hwfuse_pack == "view":
-        return packing.split_qkvzba(qkvz, ba, **dims)
+        mixed_qkv, z, b, a = (linear(hidden_states) for linear in linears)
+    else:
+        rows = F.linear(hidden_states, weights[0])
+        if self.hwfuse_pack == "auto" and _dense_consumer(self, rows.shape[-1]):
+            return _dense(self, rows)
+        widths = [linear.out_features for linear in linears]
+        mixed_qkv, z, b, a = rows.split(widths, dim=-1)
+    return mixed_qkv, z.view(*z.shape[:-1], -1, self.head_v_dim), b, a
+
+
+def _dense(module: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy the GEMM's rows apart; the op's rows are batch and tokens together."""
+    ba_width = 2 * module.num_v_heads
+    qkvz, ba = rows.flatten(0, -2).split([rows.shape[-1] - ba_width, ba_width], dim=-1)
     mixed_qkv, z, b, a = hwfuse.op("fused_qkvzba")(
-        qkvz.flatten(0, -2), ba.flatten(0, -2), layout="contiguous", **dims
+        qkvz,
+        ba,
+        head_k_dim=module.head_k_dim,
+        head_v_dim=module.head_v_dim,
+        layout="contiguous",
     )
-    batch_and_tokens = hidden_states.shape[:-1]
+    lead = rows.shape[:-1]
     return (
-        mixed_qkv.unflatten(0, batch_and_tokens),
-        z.unflatten(0, batch_and_tokens),
-        b.unflatten(0, batch_and_tokens),
-        a.unflatten(0, batch_and_tokens),
+        mixed_qkv.unflatten(0, lead),
+        z.unflatten(0, lead),
+        b.unflatten(0, lead),
+        a.unflatten(0, lead),
     )
 
 
@@ -88,9 +94,8 @@ def packs(module: Any) -> dict[str, Sequence[nn.Linear]]:
     return {"hwfuse_qkvzba": projections}
 
 
-def _dense_consumer(module: Any) -> str | None:
-    """Name what reads the views next and needs dense rows, or None."""
-    width = sum(linear.out_features for linear in packs(module)["hwfuse_qkvzba"])
+def _dense_consumer(module: Any, width: int) -> str | None:
+    """Name what reads views of rows of this width next and needs dense ones, or None."""
     if width % 8:  # causal_conv1d's condition
         return f"the convolution, which takes rows of 8 * n elements, not of {width}"
     return _other_norm(module)
@@ -105,7 +110,8 @@ def _other_norm(module: Any) -> str | None:
 
 
 def _use(module: Any, pack: str) -> Use:
-    consumer = _dense_consumer(module)
+    width = sum(linear.out_features for linear in packs(module)["hwfuse_qkvzba"])
+    consumer = _dense_consumer(module, width)
     if consumer is None or pack == "view":
         return Use("one GEMM instead of four; views of its rows, no copy")
     sizes = {

@@ -73,10 +73,18 @@ def interception(module: nn.Module) -> str | None:
 def pack(module: Any, packs: Packs) -> None:
     """Move the weights of each pack into one tensor, unless they are there already."""
     for name, linears in packs.items():
-        if _packed(module, name, linears) is None:
+        found: _Pack | None = getattr(module, name, None)
+        if found is None or not _serves(found, linears) or not _is_intact(module, name):
             vars(module).pop(name, None)
             if not obstacle({name: linears}) and _is_movable(linears[0].weight):
                 setattr(module, name, _pack([linear.weight for linear in linears]))
+
+
+def pack_again(module: Any) -> None:
+    """Pack a patched module as it was asked for; others are left alone."""
+    rule = rule_of(module)
+    if rule and module.hwfuse_pack != "never":
+        pack(module, rule.packs(module))
 
 
 def unpack(module: Any, packs: Packs) -> None:
@@ -87,47 +95,74 @@ def unpack(module: Any, packs: Packs) -> None:
             source.data = source.data.clone()
 
 
-def packed_weights(module: Any, packs: Packs) -> list[Tensor] | None:
-    """Return the weight of each pack, or None: then the module's own linears must be called."""
-    if module.hwfuse_pack == "never" or obstacle(packs):
+def packed_weights(module: Any, packs: Packs, x: Tensor) -> list[Tensor] | None:
+    """Return the weight of each pack, or None: then the module's own linears must be called on x.
+
+    Parameters that have other memory than before are packed again.  Other parameters are not:
+    sharded training swaps its own in and out, and their memory is not ours.
+    """
+    if module.hwfuse_pack == "never" or torch.is_autocast_enabled(x.device.type):
         return None
     weights = []
     for name, linears in packs.items():
-        found = _packed(module, name, linears)
-        if found is None and not torch.compiler.is_compiling():  # a graph cannot move parameters
-            pack(module, packs)
-            found = _packed(module, name, linears)
-        if found is None:
+        found: _Pack | None = getattr(module, name, None)
+        if found is None or not _serves(found, linears):
             return None
-        weights.append(_with_gradient(found))
+        if not _is_intact(module, name):
+            if torch.compiler.is_compiling():
+                return None  # a graph cannot move parameters
+            pack(module, packs)
+            found = getattr(module, name)
+        weights.append(_with_gradient(found) if torch.is_grad_enabled() else found.weight)
     return weights
 
 
-def _packed(module: Any, name: str, linears: Sequence[nn.Linear]) -> _Pack | None:
-    """Return the pack if the linears still have the parameters, and these the memory, of then."""
-    found: _Pack | None = getattr(module, name, None)
-    if found is None or not _is_intact(module, name):
-        return None
+def what_is_not_packed(module: Any, packs: Packs) -> str | None:
+    """Say why a patched module calls its own linears, or None: it does not."""
+    if found := obstacle(packs):
+        return found
+    for name, linears in packs.items():
+        known: _Pack | None = getattr(module, name, None)
+        if not linears[0].weight.is_meta and (known is None or not _serves(known, linears)):
+            return "its parameters are not those that were packed; patch again packs them"
+    return None
+
+
+def _serves(found: _Pack, linears: Sequence[nn.Linear]) -> bool:
+    """Tell whether calling the linears would do nothing but multiply by the parameters packed.
+
+    This is `obstacle` without words, for every call; compiled code guards on what it looks at.
+    """
     for linear, source in zip(linears, found.sources, strict=True):
-        if linear.weight is not source:  # compiled code guards on it
-            return None
-    return found
+        parameters = linear._parameters  # noqa: SLF001 - five times as fast as the attributes
+        if (
+            type(linear) is not nn.Linear
+            or "forward" in linear.__dict__
+            or linear._forward_hooks
+            or linear._forward_pre_hooks
+            or linear._backward_hooks
+            or linear._backward_pre_hooks
+            or parameters["weight"] is not source
+            or parameters["bias"] is not None
+        ):
+            return False
+    return True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_intact(module: Any, name: str) -> bool:
-    """Tell whether the parameters are still views of the pack; once for a graph, while tracing."""
+    """Tell whether those parameters still are views of the pack; asked once for a graph."""
     found: _Pack = getattr(module, name)
     address = found.weight.data_ptr()
     for source in found.sources:
-        if source.data_ptr() != address or source.dtype != found.weight.dtype:
+        if source.data_ptr() != address:
             return False
         address += source.nbytes
     return True
 
 
 def _with_gradient(found: _Pack) -> Tensor:
-    if torch.is_grad_enabled() and any(source.requires_grad for source in found.sources):
+    if any(source.requires_grad for source in found.sources):
         joined: Tensor = _Rows.apply(found.weight, *found.sources)  # type: ignore[no-untyped-call]
         return joined
     return found.weight
@@ -165,7 +200,7 @@ def _apply(
 ) -> Any:
     """Pack again after ``.to``, ``.cuda``, ``.half`` … have moved each weight by itself."""
     self._hwfuse_stock._apply(self, fn, recurse)
-    _pack_again(self)
+    pack_again(self)
     return self
 
 
@@ -177,13 +212,7 @@ def __getstate__(self: Any) -> dict[str, Any]:  # noqa: N807 - a method of a rew
 
 def __setstate__(self: Any, state: dict[str, Any]) -> None:  # noqa: N807 - as above
     self._hwfuse_stock.__setstate__(self, state)
-    _pack_again(self)
-
-
-def _pack_again(module: Any) -> None:
-    rule = rule_of(module)
-    if rule and module.hwfuse_pack != "never":
-        pack(module, rule.packs(module))
+    pack_again(self)
 
 
 # What a rewritten class with packs needs among its methods.

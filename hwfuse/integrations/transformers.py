@@ -150,7 +150,7 @@ def patch(
     pack: Pack = "auto",
     strict: bool = True,
 ) -> PatchReport:
-    """Make a transformers model call hwfuse's ops, in place; a second call changes nothing.
+    """Make a transformers model call hwfuse's ops, in place; a second call changes nothing more.
 
     Modules get a subclass of their own class, of the same name, with an edited `forward`.  The
     choice of implementation stays with the policy at each call:
@@ -175,14 +175,15 @@ def patch(
             library.
         InputError: `ops` or `pack` has an unknown value.
     """
+    for module in model.modules():
+        _view_packing.pack_again(module)  # a parameter may have been replaced since
     survey = _survey(model, ops, pack)
     if strict:
         survey.raise_first()
     for module, cls in survey.plan:
         _set_class(module, cls)
-        module.hwfuse_pack = pack  # type: ignore[assignment]
-        if pack != "never":
-            _view_packing.pack(module, cls._hwfuse_rule.packs(module))
+        vars(module)["hwfuse_pack"] = pack
+        _view_packing.pack_again(module)
     return survey.report(model, applied=True)
 
 
@@ -318,9 +319,13 @@ def _obstacle(module: nn.Module, rule: Rule) -> str | None:
 
 
 def _use_now(module: Any, rule: Rule) -> Use:
-    """Return what a patched module does: something may have wrapped its linears since."""
-    found = _obstacle(module, rule) if rule.needs_packs else None
-    return Use(f"its own linears: {found}") if found else rule.use(module, module.hwfuse_pack)
+    """Return what a patched module does: something may have replaced its linears since."""
+    found = _view_packing.what_is_not_packed(module, rule.packs(module))
+    if not found:
+        return rule.use(module, module.hwfuse_pack)
+    if rule.needs_packs:
+        return Use(f"its own linears: {found}")
+    return rule.use(module, "never")
 
 
 def _rule_for(cls: type) -> Rule | None:

@@ -1,22 +1,25 @@
-"""``hwfuse bench dispatch``; the limits themselves depend on the machine and are not tested."""
+"""``hwfuse bench``; what the times are depends on the machine and is not tested."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 
 import hwfuse
-from hwfuse._cli import bench
+from hwfuse import _spec
+from hwfuse._cli import _bench_dispatch, _bench_ops
+from hwfuse.testing import naive
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Measure too little to be exact, and start no other process."""
-    monkeypatch.setattr(bench, "_WINDOW", 1e-5)
-    monkeypatch.setattr(bench, "_WINDOWS", 3)
-    monkeypatch.setattr(bench, "_COLD_CALLS", 2)
-    monkeypatch.setattr(bench, "_import_seconds", lambda: 0.05)
+    monkeypatch.setattr(_bench_dispatch, "_WINDOW", 1e-5)
+    monkeypatch.setattr(_bench_dispatch, "_WINDOWS", 3)
+    monkeypatch.setattr(_bench_dispatch, "_COLD_CALLS", 2)
+    monkeypatch.setattr(_bench_dispatch, "_import_seconds", lambda: 0.05)
 
 
 def test_bench_json_compares_with_the_direct_call(run, quick):
@@ -34,7 +37,7 @@ def test_bench_json_compares_with_the_direct_call(run, quick):
 
 def test_bench_check_above_a_limit_fails(run, quick, monkeypatch):
     """``--check`` makes a limit an exit code."""
-    monkeypatch.setattr(bench, "MOST_SELECTION", 0.0)
+    monkeypatch.setattr(_bench_dispatch, "MOST_SELECTION", 0.0)
     result = run("bench", "dispatch", "--rounds", "1", "--check")
     assert result.code == 1
     assert "OVER  hwfuse.op, six facts:" in result.out
@@ -42,13 +45,105 @@ def test_bench_check_above_a_limit_fails(run, quick, monkeypatch):
 
 def test_bench_import_seconds_runs_another_process():
     """What an import costs is measured where nothing is imported yet."""
-    assert 0 < bench._import_seconds() < 5
+    assert 0 < _bench_dispatch._import_seconds() < 5
 
 
 def test_bench_selects_by_six_facts():
     """The op that is measured looks at six facts and runs the implementation that needs them."""
-    with bench._contestants() as calls:
-        selected, _ = calls[bench._SELECTED]
-        inputs = bench._inputs()
+    with _bench_dispatch._contestants() as calls:
+        selected, _ = calls[_bench_dispatch._SELECTED]
+        inputs = _bench_dispatch._inputs()
         assert hwfuse.explain(selected.spec.name, **inputs).chosen == "bench/six"
-    assert len(set(bench.FACTS)) == 6
+    assert len(set(_bench_dispatch.FACTS)) == 6
+
+
+def test_bench_json_of_ops_has_both_times_and_their_ratio(run):
+    """The reference and the loop are measured on the same inputs."""
+    result = run("bench", "w4a8_moe_prep", "q_rms_norm_", "--m", "3", "--rounds", "1", "--json")
+    data = json.loads(result.out)
+    assert result.code == 0
+    assert data["device"] == "cpu"
+    assert [row["op"] for row in data["ops"]] == ["w4a8_moe_prep", "q_rms_norm_"]
+    assert data["ops"][1]["sizes"] == {"m": 3, "num_q_heads": 8, "head_dim": 256}
+    for row in data["ops"]:
+        assert row["ratio"] == pytest.approx(row["naive_ms"] / row["reference_ms"])
+        assert row["wrong"] is None
+
+
+def test_bench_of_ops_is_a_table_that_says_it_is_a_cpu_run(run):
+    """One line for each op."""
+    result = run("bench", "q_rms_norm", "--m", "2", "--rounds", "1")
+    assert result.out.startswith("A CPU run in one thread, torch ")
+    assert "  q_rms_norm  m=2 num_q_heads=8 head_dim=256  " in result.out
+
+
+def test_bench_of_an_op_with_wrong_results_times_nothing_and_fails(run, monkeypatch):
+    """Correctness comes first."""
+
+    def q_rms_norm(
+        q: torch.Tensor, q_weight: torch.Tensor, *, head_dim: int, eps: float = 1e-6
+    ) -> torch.Tensor:
+        return q.clone()
+
+    monkeypatch.setattr(naive, "q_rms_norm", q_rms_norm)
+    monkeypatch.setattr(_bench_ops, "_medians", lambda *_: pytest.fail("timed"))
+    result = run("bench", "q_rms_norm", "--m", "2")
+    assert result.code == 1
+    assert "WRONG, not timed: q_rms_norm: naive/loop: output q: worst" in result.out
+
+
+def test_bench_without_names_measures_every_op(run, monkeypatch):
+    """Each op has its loop, and every pair agrees at the sizes that are measured."""
+    monkeypatch.setattr(_bench_ops, "_medians", lambda *_: [1.0, 2.0])
+    data = json.loads(run("bench", "--json").out)
+    assert [row["op"] for row in data["ops"]] == list(_spec.names())
+    assert [row["wrong"] for row in data["ops"]] == [None] * len(data["ops"])
+
+
+def test_bench_leaves_the_number_of_threads(run):
+    """It runs in one, and only while it runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run("bench", "q_rms_norm", "--m", "1", "--rounds", "1")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bench_on_a_gpu_that_is_not_here_says_so(run, monkeypatch):
+    """One line, and what can be done instead."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("bench", "--device", "cuda")
+    assert result.code == 1
+    assert result.err == (
+        "hwfuse bench: --device cuda: torch finds no GPU here; --device cpu measures without one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fused_qkvzb"], "no op is called 'fused_qkvzb', did you mean 'fused_qkvzba'"),
+        (["dispatch", "q_rms_norm"], "found dispatch q_rms_norm, needed dispatch alone"),
+        (["--rounds", "0"], "--rounds: found 0, needed at least 1"),
+    ],
+)
+def test_bench_of_nonsense_is_refused(run, words, message):
+    """Exit code 2: it was asked for wrongly."""
+    result = run("bench", *words)
+    assert result.code == 2
+    assert message in result.err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="times kernels on a GPU")
+def test_bench_on_a_gpu_replays_graphs_of_each_implementation(run):
+    """The reference is first, and a call that can be captured is."""
+    result = run("bench", "fused_qkvzba", "--device", "cuda", "--m", "2", "--json")
+    rows = json.loads(result.out)["ops"]
+    assert result.code == 0
+    assert rows[0]["implementation"] == "reference/torch"
+    assert len(rows) > 1
+    for row in rows:
+        assert row["how"] == "graph"
+        assert row["us"] > 0

@@ -15,6 +15,15 @@ from hwfuse.ops import fused_qkvzba as spec
 
 transformers = pytest.importorskip("transformers", reason="the demo runs a model of transformers")
 
+SECTIONS = (
+    "_flip_by_yaml",
+    "_wrong_implementation",
+    "_other_hardware",
+    "_interpreted",
+    "_more_families",
+    "_fp8_checkpoint",
+)
+
 
 def fused_qkvzba(qkvz, ba, *, head_k_dim, head_v_dim, layout="interleaved"):
     """Do the same as the reference, by a route of its own."""
@@ -35,6 +44,10 @@ def test_demo_holds_with_an_outside_implementation(run):
     assert "     fused_qkvzba: acme/memory" in result.out
     assert "ok     acme/memory ran instead of reference/torch\n" in result.out
     assert "output b: every bit must arrive" in result.out
+    for name in ("Qwen3.5", "Gemma 4", "Kimi Linear"):
+        assert f"ok     {name}: the same tokens; logits differ by" in result.out
+    assert "ok     Kimi Linear: fused_qkvbfg 32x, in 16 passes" in result.out
+    assert "ok     fp8_blockscale_gemm 384x, in 16 passes" in result.out
 
 
 def test_demo_without_the_example_says_how_to_install_it(capsys, monkeypatch):
@@ -50,7 +63,7 @@ def test_demo_without_the_example_says_how_to_install_it(capsys, monkeypatch):
 def test_demo_false_claim_fails(run, monkeypatch):
     """A claim that does not hold is marked, repeated at the end, and is the exit code."""
     monkeypatch.setattr(demo, "_calls", lambda _model: 47)
-    for section in ("_flip_by_yaml", "_wrong_implementation", "_other_hardware", "_interpreted"):
+    for section in SECTIONS:
         monkeypatch.setattr(demo, section, lambda *_: None)  # they take seconds
     result = run("demo")
     assert result.code == 1
@@ -58,6 +71,42 @@ def test_demo_false_claim_fails(run, monkeypatch):
     assert result.out.endswith(
         "1 of 4 checks failed: 47 calls: one per linear attention layer and new token\n"
     )
+
+
+def test_demo_of_a_family_that_a_wrong_op_serves_fails(capsys, monkeypatch):
+    """Both claims can fail: the count of calls, and the tokens."""
+    show = demo._Show()
+    gate = hwfuse.op("fused_qkvbfg").using("reference/torch")
+
+    def swapped(x, w_qkvbfg, w_fg):
+        return gate(x, w_qkvbfg, w_fg.flip(0))
+
+    monkeypatch.setattr(
+        demo, "_MORE", (("Kimi Linear", "tiny_kimi_linear", {}, {"fused_qkvbfg": 3}),)
+    )
+    with (
+        testing.implementation("fused_qkvbfg", "acme/swapped", swapped),
+        hwfuse.using(fused_qkvbfg="acme/swapped"),
+    ):
+        demo._more_families(show, "cpu")
+    assert len(show.failed) == 2, capsys.readouterr().out
+
+
+def test_demo_of_a_checkpoint_that_a_wrong_op_serves_fails(capsys):
+    """Scales that are not used make the right order as wrong as another one."""
+    show = demo._Show()
+    product = hwfuse.op("fp8_blockscale_gemm").using("reference/torch")
+
+    def unscaled(a, a_scale, b, b_scale, *, out_dtype=torch.bfloat16):
+        return product(a, a_scale, b, torch.ones_like(b_scale), out_dtype=out_dtype)
+
+    with (
+        testing.implementation("fp8_blockscale_gemm", "acme/unscaled", unscaled),
+        hwfuse.using(fp8_blockscale_gemm="acme/unscaled"),
+    ):
+        demo._fp8_checkpoint(show, "cpu")
+    assert len(show.failed) == 1, capsys.readouterr().out
+    assert "the right ones were used" in show.failed[0]
 
 
 def test_demo_leaves_settings_aside(settings):

@@ -11,7 +11,7 @@ from torch import nn
 from hwfuse import packing
 from hwfuse.integrations import _gemma4
 from hwfuse.integrations._rewrite import SourceChanged
-from hwfuse.integrations.transformers import patch
+from hwfuse.integrations.transformers import patch, supported
 
 pytestmark = pytest.mark.parametrize("family", ["gemma4"], indirect=True)
 
@@ -91,6 +91,9 @@ def test_norms_when_one_is_hooked_are_called_one_by_one(
     assert difference(logits_of(model), logits_of(stock())) < 1e-5
     assert seen == [(2, 12, 4, 16) if layer == 0 else (2, 12, 2, 32)]
     assert sum(calls_in(model).values()) == 3
+    assert "calls no op: the model's own norms, as one is hooked or replaced; " in str(
+        supported(model)
+    )
 
 
 def one_plus_weight(self, hidden_states):

@@ -85,6 +85,7 @@ def test_forget_gate_when_hooked_is_called(stock, model, logits_of, shapes_out):
     seen = shapes_out(model.model.layers[0].self_attn.forget_gate)
     assert difference(logits_of(model), logits_of(stock())) < 1e-5
     assert seen == [(2, 12, 4, 16)]
+    assert "its own linears: forget_gate has a forward hook" in str(supported(model))
 
 
 def test_patch_when_the_gate_has_another_forward_is_an_error(model):
@@ -118,9 +119,12 @@ def swapped(**others):
     return packs
 
 
+F_A_AND_G_A = {"forget_gate.f_a_proj": "g_a_proj", "g_a_proj": "forget_gate.f_a_proj"}
+F_B_AND_G_B = {"forget_gate.f_b_proj": "g_b_proj", "g_b_proj": "forget_gate.f_b_proj"}
 WRONG = {
-    "f and g": {"forget_gate.f_b_proj": "g_b_proj", "g_b_proj": "forget_gate.f_b_proj"},
-    "f_a and g_a": {"forget_gate.f_a_proj": "g_a_proj", "g_a_proj": "forget_gate.f_a_proj"},
+    "f and g": F_A_AND_G_A | F_B_AND_G_B,
+    "f_a and g_a": F_A_AND_G_A,
+    "f_b and g_b": F_B_AND_G_B,
     "k and v": {"k_proj": "v_proj", "v_proj": "k_proj"},
 }
 

@@ -176,7 +176,7 @@ def simulated(folder, *, dtype=torch.bfloat16, block=128):
 
 
 def test_file_when_written_is_in_the_published_layout(tmp_path):
-    """Names, shapes and types of models.md's table: 576 rows have 5 rows of scales."""
+    """What a DeepSeek release's listing shows: 576 rows have 5 rows of scales."""
     W4AFP8(stock(), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     expert = f"{EXPERTS}.3"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hwfuse
 from hwfuse import packing
@@ -25,19 +27,45 @@ def difference(one, other):
 
 @qwen3_5
 def test_split_when_nothing_needs_dense_rows_is_views_of_one_gemm(model):
-    """All four lie in one buffer of the GEMM's rows, in the order q|k|v, z, b, a."""
+    """All four lie in one buffer of the GEMM's rows, as `split_qkvzba` takes them apart."""
     patch(model)
     layer = model.model.layers[0].linear_attn
-    hidden = torch.randn(2, 3, 32)
     with torch.no_grad():
-        mixed_qkv, z, b, a = layer.hwfuse_project(hidden)
-    width = 2 * 2 * 8 + 2 * 4 * 16 + 2 * 4
-    assert {t.untyped_storage().data_ptr() for t in (z, b, a)} == {
-        mixed_qkv.untyped_storage().data_ptr()
-    }
-    assert [t.storage_offset() for t in (mixed_qkv, z, b, a)] == [0, 96, 160, 164]
-    assert mixed_qkv.stride() == (3 * width, width, 1)
-    assert z.shape == (2, 3, 4, 16)
+        found = layer.hwfuse_project(torch.randn(2, 3, 32))
+    assert len({part.untyped_storage().data_ptr() for part in found}) == 1
+    rows = found[0].as_strided((2, 3, 168), (3 * 168, 168, 1))
+    dims = {"head_k_dim": 8, "head_v_dim": 16}
+    expected = packing.split_qkvzba(rows[..., :160], rows[..., 160:], **dims)
+    for part, view in zip(found, expected, strict=True):
+        assert (part.data_ptr(), part.shape, part.stride()) == (
+            view.data_ptr(),
+            view.shape,
+            view.stride(),
+        )
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the elements that copies move."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if func._opname in ("clone", "copy_", "cat", "_to_copy"):
+            self.num_elements += result.numel()
+        return result
+
+
+@qwen3_5
+def test_layer_when_it_uses_views_copies_no_more_than_the_stock_one(stock, model):
+    """No view is made dense further down: the norm takes z as it lies."""
+    patch(model)
+    counts = []
+    for each in (model, stock()):
+        with torch.no_grad(), _Copies() as copies:
+            each.model.layers[0].linear_attn(torch.randn(2, 3, 32))
+        counts.append(copies.num_elements)
+    assert counts[0] == counts[1] > 0
 
 
 @qwen3_5
@@ -109,30 +137,40 @@ def test_norm_when_replaced_after_patch_is_called_with_dense_rows(model, calls_i
     assert sorted(entry.ops for entry in supported(model).already) == [(), ("fused_qkvzba",)]
 
 
-def interleaved(qkvz, ba, **dims):
+def interleaved(self, mixed_qkv, z, b, a):
     """Split as Qwen3-Next lays its projections out."""
-    split = hwfuse.op("fused_qkvzba")(qkvz.flatten(0, 1), ba.flatten(0, 1), **dims)
-    return [part.unflatten(0, qkvz.shape[:2]) for part in split]
+    split = hwfuse.op("fused_qkvzba")(
+        torch.cat([mixed_qkv, z.flatten(-2)], dim=-1).flatten(0, 1),
+        torch.cat([b, a], dim=-1).flatten(0, 1),
+        head_k_dim=self.head_k_dim,
+        head_v_dim=self.head_v_dim,
+    )
+    return [part.unflatten(0, z.shape[:2]) for part in split]
 
 
-def swapped_b_and_a(qkvz, ba, **dims):
+def swapped_b_and_a(self, mixed_qkv, z, b, a):
     """Mistake write strength for decay."""
-    mixed_qkv, z, b, a = packing.split_qkvzba(qkvz, ba, **dims)
     return mixed_qkv, z, a, b
 
 
-def z_first(qkvz, ba, **dims):
-    """Take z from the columns in front."""
-    return packing.split_qkvzba(qkvz.roll(64, dims=-1), ba, **dims)
+def swapped_v_and_z(self, mixed_qkv, z, b, a):
+    """Mistake the gate for the value."""
+    qk, v = mixed_qkv.split([32, 64], dim=-1)
+    return torch.cat([qk, z.flatten(-2)], dim=-1), v.unflatten(-1, z.shape[-2:]), b, a
 
 
 @qwen3_5
-@pytest.mark.parametrize("wrong", [interleaved, swapped_b_and_a, z_first])
+@pytest.mark.parametrize("wrong", [interleaved, swapped_b_and_a, swapped_v_and_z])
 def test_tokens_when_the_split_is_wrong_differ(
-    stock, model, logits_of, tokens_of, monkeypatch, wrong
+    stock, model, logits_of, tokens_of, only_rule, wrong
 ):
     """Negative control: the model is sensitive to what the equality tests claim."""
-    monkeypatch.setattr(_qwen3_5, "packing", types.SimpleNamespace(split_qkvzba=wrong))
+
+    def hwfuse_project(self, hidden_states):
+        return wrong(self, *_qwen3_5.hwfuse_project(self, hidden_states))
+
+    methods = (hwfuse_project, *_qwen3_5.RULE.methods[1:])
+    only_rule(dataclasses.replace(_qwen3_5.RULE, name=wrong.__name__, methods=methods))
     patch(model)
     assert difference(logits_of(model), logits_of(stock())) > 0.1
     assert not torch.equal(tokens_of(model), tokens_of(stock()))

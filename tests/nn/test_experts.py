@@ -14,9 +14,9 @@ from hwfuse.nn import FP8BlockExperts, W4A8Experts
 from hwfuse.packing import unpack_int4
 
 E, K, N = 4, 256, 128
-# Two experts for each token; expert 2 gets none, two routes belong to other ranks, one token has
-# no route here at all.
-IDS = torch.tensor([[0, 1], [3, 0], [1, -1], [E, 3], [-1, E + 7]])
+# Two experts for each token; expert 2 gets none, 3 a single one, two routes belong to other ranks,
+# and the last token has no route here at all.
+IDS = torch.tensor([[0, 1], [3, 0], [1, -1], [E, 1], [-1, E + 7]])
 WEIGHTS = torch.tensor([[0.5, 1.0], [2.0, 0.25], [1.0, 9.0], [9.0, -1.0], [9.0, 9.0]])
 
 
