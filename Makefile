@@ -14,7 +14,7 @@ LINT_IMPORTS := .venv/bin/python -c 'from importlinter.cli import lint_imports_c
 help: ## list the words
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: .venv/example ## run a small Qwen3-Next with and without hwfuse, on this machine
+demo: .venv/example ## run small models with and without hwfuse, on this machine
 	PYTHONPATH='$(CURDIR)/.venv/example' $(RUN) hwfuse demo
 
 # No plugins of the outer Python: under `filterwarnings = error` their warnings stop the run.

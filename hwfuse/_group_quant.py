@@ -72,7 +72,8 @@ def make_rows(
     """Return ``[M, K]`` in which a scale in another group's place shows.
 
     Magnitudes differ from group to group.  From the second row on, every sixteenth row has in its
-    first group: zeros, a NaN, an infinity, an outlier, or numbers below the floor of the scale.
+    first group: zeros, a NaN, an infinity, an outlier, numbers below the floor of the scale, or
+    a largest number whose scale is exactly a power of two, in e4m3fn or in e4m3fnuz.
     """
     x = random.rows(m, k, row_pad=row_pad, dtype=dtype)
     exponents = random.integers(-6, 7, m, k // group_size, dtype=torch.float32)
@@ -82,4 +83,7 @@ def make_rows(
     x[3::16, group_size // 3] = -float("inf")
     x[4::16, group_size - 1] = 3e4
     x[5::16, :group_size] *= 2.0**-45
+    for row, qmax in ((6, 448.0), (7, 240.0)):
+        x[row::16, :group_size].clamp_(-1.0, 1.0)
+        x[row::16, 0] = qmax / 8
     return x

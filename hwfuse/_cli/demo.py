@@ -1,4 +1,6 @@
-"""Run a small Qwen3-Next with and without hwfuse, and show what hwfuse did and why.
+"""Run small models with and without hwfuse, and show what hwfuse did and why.
+
+A Qwen3-Next in detail, then Qwen3.5, Gemma 4, Kimi Linear, and a DeepSeek-V3 in FP8.
 
 The weights are random and nothing is downloaded.  Every claim on the screen is checked; the exit
 code is 1 if one does not hold.
@@ -13,6 +15,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +28,7 @@ from torch import Tensor
 import hwfuse
 from hwfuse import _policy_file, _state
 from hwfuse._cli._output import say
+from hwfuse._cli._threads import one_thread
 from hwfuse._errors import IntegrationError
 from hwfuse.ops import fused_qkvzba as spec
 
@@ -33,6 +37,14 @@ _EXAMPLE = "acme"  # the plugin in examples/
 _PROMPT = (5, 17, 101, 42, 8, 64, 99, 23)
 _NEW_TOKENS = 16
 _WIDTH = 100  # of the screen
+_ROUNDING = 1e-5  # of logits near 2: one GEMM for several may add up in another order
+# Name, builder and its options, and how often each op runs for one token.
+_MORE: tuple[tuple[str, str, dict[str, int], dict[str, int]], ...] = (
+    ("Qwen3.5", "tiny_qwen3_5", {}, {}),
+    ("Qwen3.5, rows of 100", "tiny_qwen3_5", {"num_v_heads": 2}, {"fused_qkvzba": 2}),
+    ("Gemma 4", "tiny_gemma4", {}, {"qkv_rms_norm": 1, "q_keqv_rms_norm": 1, "q_rms_norm": 2}),
+    ("Kimi Linear", "tiny_kimi_linear", {}, {"fused_qkvbfg": 2}),
+)
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:  # noqa: ARG001
@@ -49,10 +61,10 @@ def run(options: argparse.Namespace) -> int:
         )
     start = time.perf_counter()
     show = _Show()
-    with warnings.catch_warnings(), _no_settings():
+    with warnings.catch_warnings(), _no_settings(), one_thread():
         warnings.simplefilter("ignore")  # torch and transformers speak of other things
         _silence_transformers()
-        model = _Model(options.device)
+        model = _Model(_tiny("tiny_qwen3_next"), options.device)
         say(f"A tiny Qwen3-Next with random weights, on {options.device}; nothing is downloaded.")
         _with_and_without(show, model)
         _what_ran(show, model)
@@ -60,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
         _wrong_implementation(show)
         _other_hardware(show, model)
         _interpreted(show, model)
+        _more_families(show, options.device)
+        _fp8_checkpoint(show, options.device)
     seconds = time.perf_counter() - start
     say()
     if show.failed:
@@ -97,12 +111,10 @@ class _Show:
 
 
 class _Model:
-    """The model, and what it computed before anything was changed."""
+    """A model, and what it computed before anything was changed."""
 
-    def __init__(self, device: str) -> None:
-        from hwfuse.integrations._tiny import tiny_qwen3_next
-
-        self.module = tiny_qwen3_next().to(device)
+    def __init__(self, module: Any, device: str) -> None:
+        self.module = module.to(device)
         self.prompt = torch.tensor([_PROMPT], device=device)
         self.stock_logits, self.stock_tokens = self.logits(), self.tokens()
 
@@ -135,6 +147,13 @@ class _Model:
             "head_v_dim": config.linear_value_head_dim,
             "dtype": self.stock_logits.dtype,
         }
+
+
+def _tiny(name: str, **options: int) -> Any:
+    """Build one of the tiny models."""
+    from hwfuse.integrations import _tiny
+
+    return getattr(_tiny, name)(**options)
 
 
 def _with_and_without(show: _Show, model: _Model) -> None:
@@ -250,6 +269,80 @@ def _interpreted(show: _Show, model: _Model) -> None:
     claim = f"{chosen} ran {count} times, in Triton's interpreter"
     show.check(claim, not others and chosen == "cuda/triton" and count == _calls(model))
     show.check("generates the same tokens", same)
+
+
+def _more_families(show: _Show, device: str) -> None:
+    from hwfuse.integrations.transformers import patch
+
+    show.section("More families under patch(model): the same tokens, and what ran")
+    for name, builder, options, per_token in _MORE:
+        model = _Model(_tiny(builder, **options), device)
+        report = patch(model.module)
+        difference = (model.logits() - model.stock_logits).abs().max().item()
+        with hwfuse.record() as record:
+            same = model.tokens() == model.stock_tokens
+        expected = {op: count * _NEW_TOKENS for op, count in per_token.items()}
+        say(f"   {name}")
+        for entry in report.patched:
+            show.text(f"  {_times(entry.modules)} {entry.name}: {entry.mode}")
+        ran = _by_op(record)
+        counts = ", ".join(f"{op} {_times(count)}" for op, count in ran.items()) or "no op"
+        show.check(f"{name}: {counts}, in {_NEW_TOKENS} passes", ran == expected)
+        claim = f"{name}: the same tokens; logits differ by {difference:.1e}"
+        show.check(f"{claim}, at most {_ROUNDING:.0e}", same and difference <= _ROUNDING)
+
+
+def _fp8_checkpoint(show: _Show, device: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from hwfuse.integrations import quantized
+    from hwfuse.integrations._tiny_deepseek import tiny_deepseek_v3, write_fp8_checkpoint
+    from hwfuse.nn import FP8BlockLinear
+
+    show.section(f"A DeepSeek-V3 checkpoint in FP8, on {device}: quantized.registered()")
+    full = _Model(tiny_deepseek_v3(), device)
+    with tempfile.TemporaryDirectory() as folder, quantized.registered():
+        write_fp8_checkpoint(full.module, Path(folder))
+        module, keys = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model = _Model(module, device)
+    linears = [m for m in module.modules() if isinstance(m, FP8BlockLinear)]
+    codes = sum(p.numel() for p in module.parameters() if p.dtype == torch.float8_e4m3fn)
+    share = codes / sum(p.numel() for p in full.module.parameters())
+    show.check(f"{len(linears)} FP8BlockLinears; no key is missing or left over",
+               bool(linears) and not any(keys.values()))  # fmt: skip
+    show.check(f"{share:.0%} of the weights are fp8 in memory", share > 0.5)
+    with hwfuse.record() as record:
+        same = model.tokens() == model.stock_tokens
+    ran = _by_op(record)
+    show.text(", ".join(f"{op} {_times(count)}" for op, count in ran.items()))
+    claim = f"fp8_blockscale_gemm {_times(ran['fp8_blockscale_gemm'])}, in {_NEW_TOKENS} passes"
+    show.check(claim, ran["fp8_blockscale_gemm"] >= len(linears) * _NEW_TOKENS)
+    show.check(f"generates, twice the same: {' '.join(map(str, model.stock_tokens))}", same)
+    right = _error(model.stock_logits, full.stock_logits)
+    with torch.no_grad():
+        for linear in linears:
+            linear.weight_scale_inv.copy_(linear.weight_scale_inv.flip(0, 1))
+    wrong = _error(model.logits(), full.stock_logits)
+    show.text(f"logits beside those in bfloat16: {right:.0%} off; random weights magnify rounding")
+    claim = f"scales in another order give {wrong:.0%}: the right ones were used"
+    show.check(claim, 3 * right < wrong)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Return the relative error of a token's logits, median over tokens."""
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(error.median())
+
+
+def _by_op(record: hwfuse.Record) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for (op, _), count in record.calls.items():
+        counts[op] += count
+    return counts
+
+
+def _times(count: int) -> str:
+    return f"{count}x"
 
 
 def _calls(model: _Model) -> int:

@@ -124,7 +124,8 @@ def test_bench_on_a_gpu_that_is_not_here_says_so(run, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fused_qkvzb"], "no op is called 'fused_qkvzb', did you mean 'fused_qkvzba'"),
+        (["fused_qkvzb"], "'fused_qkvzb' is no op (did you mean 'fused_qkvzba'?)"),
+        (["dispach"], "'dispach' is no op (did you mean 'dispatch'?)"),
         (["dispatch", "q_rms_norm"], "found dispatch q_rms_norm, needed dispatch alone"),
         (["--rounds", "0"], "--rounds: found 0, needed at least 1"),
     ],
