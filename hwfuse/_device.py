@@ -68,5 +68,5 @@ def fp8_dtype(device: torch.device | str) -> torch.dtype:
 
 
 # Dynamo runs a function so marked at trace time and keeps its result; the public decorator would
-# import torch._dynamo (1 s).  If the mark is renamed, tests/test_compile.py fails.
+# import torch._dynamo (1 s).  If the mark is renamed, tests/core/test_compile.py fails.
 fp8_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]

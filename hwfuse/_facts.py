@@ -70,7 +70,7 @@ class Fact:
 
 def evaluate(code: CodeType, values: Mapping[str, Any]) -> Any:
     """Run a compiled part of a fact on a call's values."""
-    # Only nodes that _check let through are in the code, so this can call nothing else.
+    # The code holds only what `_fact_parser.read_by` let through: it can call nothing else.
     return eval(code, {"__builtins__": {}, **DTYPES, **PREDICATES}, dict(values))  # noqa: S307
 
 

@@ -21,8 +21,8 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 def define(
     spec: Spec, run: Callable[..., Any], reference: Callable[[], Callable[..., Any] | None]
-) -> Any:
-    """Register the op with torch and return its overload.
+) -> None:
+    """Register the op with torch.
 
     Args:
         spec: The op.
@@ -40,7 +40,6 @@ def define(
         torch.library.register_autograd(
             name, _backward(spec, reference), setup_context=_setup_context, lib=_library
         )
-    return overload
 
 
 def _refuse_gradient(spec: Spec, overload: Any) -> Callable[..., Any]:

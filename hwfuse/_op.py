@@ -48,8 +48,11 @@ class Op:
         """The overload ``torch.ops.hwfuse.<op>.default``, registered when first asked for."""
         from hwfuse import _node
 
-        _defined.add(self.spec.name)  # first: registering looks the name up itself
-        return _node.define(self.spec, self._run_node, self._differentiable)
+        with _state.lock:
+            if self.spec.name not in _defined:
+                _defined.add(self.spec.name)  # first: registering looks the name up itself
+                _node.define(self.spec, self._run_node, self._differentiable)
+        return getattr(torch.ops.hwfuse, self.spec.name).default
 
     def __repr__(self) -> str:
         return f"hwfuse.op({self.spec.name!r})"
@@ -105,10 +108,11 @@ class Op:
         tensors = _tensors(self.spec, arguments)
         plain = all(type(t) in (Tensor, Parameter) and not t.is_meta for t in tensors)
         if plain and not _guard.mode_depth():
-            args, kwargs = self.spec.split(arguments)
-            return self._choose(arguments)(*args, **kwargs)
-        args, kwargs = self.spec.split(self._resolved(arguments))
-        return self.node(*args, **kwargs)
+            function = self._choose(arguments)
+        else:
+            arguments, function = _resolved(self.spec, arguments), self.node
+        args, kwargs = self.spec.split(arguments)
+        return function(*args, **kwargs)
 
     def _run_node(self, *args: Any, **kwargs: Any) -> Any:
         """Run the node: the same table, without the look for subclasses and modes."""
@@ -119,11 +123,6 @@ class Op:
         except Exception:  # noqa: BLE001 - wrong input or a bug in a fact: the cold path names it
             function = None
         return (function or self._choose(arguments))(*args, **kwargs)
-
-    def _resolved(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        if "dtype" in arguments and arguments["dtype"] is None:
-            return {**arguments, "dtype": fp8_dtype(arguments[self.spec.tensors[0]].device)}
-        return dict(arguments)
 
     def _choose(self, arguments: Mapping[str, Any]) -> Callable[..., Any]:
         """Decide, remember and return the function for this call and all that are like it."""
@@ -173,7 +172,7 @@ class Op:
         """Fill in what dtype=None means on this device; the memo key holds the None."""
         if "dtype" not in arguments or arguments["dtype"] is not None:
             return function
-        dtype = self._resolved(arguments)["dtype"]
+        dtype = _resolved(self.spec, arguments)["dtype"]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             kwargs["dtype"] = dtype
@@ -223,6 +222,13 @@ def _tensors(spec: Spec, arguments: Mapping[str, Any]) -> list[Tensor]:
     return [arguments[name] for name in spec.tensors]
 
 
+def _resolved(spec: Spec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with what dtype=None means on the tensors' device."""
+    if "dtype" in arguments and arguments["dtype"] is None:
+        return {**arguments, "dtype": fp8_dtype(arguments[spec.tensors[0]].device)}
+    return dict(arguments)
+
+
 def make_call(
     spec: Spec,
     arguments: Mapping[str, Any],
@@ -233,12 +239,9 @@ def make_call(
     needs_gradient: bool = False,
 ) -> Call:
     """Check the call's arguments with `sizes` and collect what selection looks at."""
-    first = arguments[spec.tensors[0]]
-    values = dict(arguments)
-    if values.get("dtype", 0) is None:
-        values["dtype"] = fp8_dtype(first.device)
+    values = _resolved(spec, arguments)
     sizes = spec.sizes(**values)._asdict()
-    real = target or _device.target_of(first.device)
+    real = target or _device.target_of(arguments[spec.tensors[0]].device)
     options = {k: _facts.show(v) for k, v in values.items() if k not in spec.tensors}
     dtypes = {f"{name}.dtype": _facts.show(arguments[name].dtype) for name in spec.tensors}
     return Call(

@@ -20,7 +20,6 @@ from hwfuse import _implementation, _spec
 from hwfuse._device import VENDORS
 from hwfuse._implementation import Implementation
 
-GROUP = "hwfuse"
 hookspec = pluggy.HookspecMarker("hwfuse")
 hookimpl = pluggy.HookimplMarker("hwfuse")
 
@@ -131,7 +130,7 @@ def load(block: Mapping[str, str], added: dict[str, dict[str, Implementation]]) 
 
 
 def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
-    unique = {(e.name, e.value): e for e in importlib.metadata.entry_points(group=GROUP)}
+    unique = {(e.name, e.value): e for e in importlib.metadata.entry_points(group="hwfuse")}
     return [unique[key] for key in sorted(unique)]
 
 

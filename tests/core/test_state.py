@@ -170,3 +170,15 @@ def test_fork_child_decides_anew_even_if_another_thread_held_the_lock():
     )
     expected = ["child 0 ['hwfuse.configure']", "parent ['built-in']"]
     assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_node_is_registered_once_when_threads_ask_together():
+    """Torch refuses a second definition; a fresh process has not registered this op yet."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import torch, hwfuse
+with ThreadPoolExecutor(8) as pool:
+    nodes = list(pool.map(lambda _: hwfuse.op("q_rms_norm").node, range(32)))
+assert set(nodes) == {torch.ops.hwfuse.q_rms_norm.default}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
