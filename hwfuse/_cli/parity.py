@@ -11,7 +11,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hwfuse import _spec
+import torch
+
+from hwfuse import _device, _spec
 from hwfuse._cli._output import emit, heading, progress, say, table
 from hwfuse._cli.ops import check_backends
 
@@ -73,5 +75,20 @@ def show(report: testing.Report) -> None:
         heading("Skipped")
     for reason in reasons:
         say(f"  {reason}")
+    if _interpreted(report):
+        from hwfuse.testing import CORRECTIONS
+
+        heading("Ran in Triton's interpreter, on a CPU, which is corrected in:")
+        for correction in CORRECTIONS:
+            say(f"  {correction}")
     passed = sum(line.passed for line in report.lines.values())
     heading(f"{passed} passed, {len(failures)} failed")
+
+
+def _interpreted(report: testing.Report) -> bool:
+    """Tell whether a Triton kernel ran for a target that is not a device of this machine."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {str(_device.target_of(torch.device("cuda", index))) for index in range(count)}
+    ran = {(identifier, target) for (_, identifier, target), line in report.lines.items()
+           if line.passed or line.failed}  # fmt: skip
+    return any(identifier.endswith("/triton") and target not in here for identifier, target in ran)

@@ -88,3 +88,12 @@ def test_parity_runs_the_harness(run, tmp_path):
     result = run("parity", "w4a8_moe_prep", *words)
     assert result.code == 0, result.out
     assert result.out.splitlines()[1].split()[:3] == ["w4a8_moe_prep", "reference/torch", "cpu"]
+
+
+def test_parity_in_the_interpreter_says_what_is_corrected(run, monkeypatch):
+    """A number from the interpreter is worth what its corrections are worth."""
+    line = {("fused_qkvzba", "rocm/triton", "rocm:gfx942"): Line(passed=1)}
+    monkeypatch.setattr(testing, "run", lambda *_, **__: testing.Report(line), raising=False)
+    assert testing.CORRECTIONS[0] in run("parity").out
+    answer(monkeypatch, passed=1)  # an implementation of the CPU's own
+    assert testing.CORRECTIONS[0] not in run("parity").out
