@@ -14,11 +14,13 @@ def text(decision: Decision) -> str:
     lines = [
         f"{decision.op} on {decision.facts['target']}{pretended}, order from {decision.origin}"
     ]
-    known = [f"{name}={value}" for name, value in decision.facts.items() if name != "target"]
+    apart = ("target", "variant")
+    known = [f"{name}={value}" for name, value in decision.facts.items() if name not in apart]
     lines.append("  call: " + " ".join(known))
     width = max(map(len, (decision.chosen, *decision.passed_over, *decision.rejected)), default=0)
     if decision.chosen:
-        lines.append(f"  chosen    {decision.chosen}")
+        variant = decision.facts.get("variant")
+        lines.append(f"  chosen    {decision.chosen}" + (f", {variant}" if variant else ""))
     lines += [f"  could run {name:{width}}  ranked lower" for name in decision.passed_over]
     for name, reasons in decision.rejected.items():
         lines.append(f"  rejected  {name:{width}}  {reasons[0]}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hwfuse import _device, _op
+from hwfuse import _device, _op, _variants
 from hwfuse._decision import Decision
 from hwfuse._device import Target
 from hwfuse._errors import InputError
@@ -29,14 +29,18 @@ def explain(name: str, *args: Any, device: str | None = None, **kwargs: Any) -> 
     if args or set(kwargs) & set(this.spec.tensors):
         if device is not None:
             raise InputError("device", repr(device), "none beside tensors, which lie on one")
-        return this.decide(this.spec.bind(args, kwargs))[0]
+        decision, _, call = this.decide(this.spec.bind(args, kwargs))
+        return _variants.added(decision, call)
     here = _here(device)
     target = here or _device.parse(str(device))
     pretended = here is None or here == _device.pretended.get()
     token = _device.pretended.set(target)
     try:
         arguments = inputs(this.spec, device="meta", **kwargs)
-        return this.decide(arguments, target=target, absent=here is None, pretended=pretended)[0]
+        decision, _, call = this.decide(
+            arguments, target=target, absent=here is None, pretended=pretended
+        )
+        return _variants.added(decision, call)
     finally:
         _device.pretended.reset(token)
 

@@ -15,7 +15,7 @@ from hwfuse._facts import Fact
 
 REST = "..."
 BUILT_IN_ORDER = (
-    "cuda/cutlass", "cuda/cublas", "cuda/deepgemm", "cuda/triton",
+    "cuda/cpp", "cuda/cutlass", "cuda/deepgemm", "cuda/triton", "cuda/cublas",
     "rocm/aiter", "rocm/ck", "rocm/triton", REST,
 )  # fmt: skip
 

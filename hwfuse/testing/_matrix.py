@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hwfuse import InputError, _explain, _fact_parser, _facts
+from hwfuse import InputError, _explain, _fact_parser, _facts, _variants
 from hwfuse._implementation import Implementation
 from hwfuse._spec import Spec
 
@@ -67,9 +67,8 @@ def inputs(
     """Return all inputs to try, label to keywords: first the line's, then around thresholds."""
     found = dict(line.inputs()) if line else _general(spec)
     base = most_rows(found)
-    for name, number in itertools.chain(
-        *map(_fact_parser.thresholds, implementation.requires.facts)
-    ):
+    facts = (*implementation.requires.facts, *_variants.read(implementation).values())
+    for name, number in itertools.chain(*map(_fact_parser.thresholds, facts)):
         for value in (number - 1, number, number + 1):
             keywords = {**base, name: value}
             if name in defaults(spec) and value >= 0:

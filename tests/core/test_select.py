@@ -250,7 +250,7 @@ def test_deciding_facts_are_those_of_candidates_up_to_one_that_takes_all():
     """What cannot change the choice is not looked at on the hot path."""
     registry = make_registry(
         cuda__cutlass={"arch": ("sm100",), "facts": ("m == 1",)},
-        cuda__cublas={"facts": ("m > 64",)},
+        cuda__deepgemm={"facts": ("m > 64",)},
         cuda__triton={},
         acme__fast={"facts": ("m == 3",)},
     )

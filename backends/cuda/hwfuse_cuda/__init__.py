@@ -13,9 +13,10 @@ def hwfuse_backend() -> hwfuse.Backend:
         package="hwfuse_cuda",
         vendor="nvidia",
         providers={
+            "cpp": (),  # CUDA C++ of our own, compiled on this machine
             "cutlass": ("nvidia-cutlass-dsl",),
-            "cublas": (),  # through torch, which links it
             "deepgemm": ("deep_gemm",),
             "triton": ("triton>=3.6",),
+            "cublas": (),  # through torch, which links it
         },
     )
