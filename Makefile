@@ -1,6 +1,9 @@
 # `make help` lists the words.  Another Python for .venv: make PYTHON=python3.12 test
 PYTHON ?= python3
 EXAMPLE := examples/hwfuse-acme
+EVIDENCE := .venv/evidence.jsonl
+AITER := amd-aiter==0.1.7.post2.dev18 pandas==3.1.1 einops==0.8.2 psutil==7.2.2 \
+	packaging==26.3 python-dateutil==4.0.0 six==1.17.0
 
 export OMP_NUM_THREADS ?= 1
 
@@ -9,7 +12,7 @@ RUN := .venv/bin/python -m
 LINT_IMPORTS := .venv/bin/python -c 'from importlinter.cli import lint_imports_command as main; main()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format clean
+.PHONY: help demo test aiter evidence check lint format clean
 
 help: ## list the words
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -19,7 +22,20 @@ demo: .venv/example ## run small models with and without hwfuse, on this machine
 
 # No plugins of the outer Python: under `filterwarnings = error` their warnings stop the run.
 test: .venv/ready ## run all tests, in two processes
-	$(RUN) pytest --disable-plugin-autoload -p xdist -n 2
+	@rm -f $(EVIDENCE)
+	EVIDENCE_FILE='$(CURDIR)/$(EVIDENCE)' $(RUN) pytest --disable-plugin-autoload -p xdist -n 2
+
+aiter: .venv/aiter/done ## get AMD's wheel, which the tests in tests/amd then look into (40 MB)
+
+# pip's --target, not the venv: hwfuse must not find an aiter that cannot run here.
+.venv/aiter/done: .venv/ready
+	@rm -rf .venv/aiter
+	@$(RUN) pip install --quiet --no-deps --target .venv/aiter $(AITER) >>.venv/pip.log 2>&1 \
+		|| { tail -n 20 .venv/pip.log; exit 1; }
+	@touch $@
+
+evidence: ## write down in docs/amd.md what the last `make test` proved of the AMD backend
+	$(RUN) hwfuse.testing.evidence rocm $(EVIDENCE) docs/amd.md
 
 check: lint ## lint, and check types, imports and the contents of the wheel
 	$(RUN) mypy

@@ -14,7 +14,7 @@ def check(name: str, tensor: Tensor, ndim: int, dtypes: tuple[dtype, ...]) -> No
     if tensor.dtype not in dtypes:
         raise InputError(f"{name}.dtype", tensor.dtype, " or ".join(map(str, dtypes)))
     try:
-        stride = tensor.stride(-1)
+        stride = tensor.stride()[-1]  # half the time of stride(-1)
     except RuntimeError:  # compressed sparse tensors have none, other layouts say 0
         stride = 0
     if stride != 1 and tensor.shape[-1] != 1:

@@ -20,8 +20,10 @@ def key_parts(spec: Spec, facts: Collection[Fact]) -> tuple[set[str], list[str]]
         inline = _Inline(spec)
         text = ast.unparse(inline.visit(_fact_parser.quoted(fact.tree)))
         hoisted |= inline.hoisted
-        parts += sorted(inline.reads) if inline.simple or inline.derived else [text]
-        if inline.derived:  # all that `sizes` can compute from goes into the key
+        # Device words are not in the guard's reach; with dtypes and options alone the key decides.
+        derived = inline.derived or (inline.of_device and not inline.simple)
+        parts += sorted(inline.reads) if inline.simple or derived else [text]
+        if derived:  # all that `sizes` can compute from goes into the key
             hoisted |= {f"{tensor}_shape = {tensor}.shape" for tensor in spec.tensors}
             parts += [f"{tensor}_shape" for tensor in spec.tensors]
             parts += [name for name in spec.parameters if name not in spec.tensors]
@@ -32,11 +34,12 @@ class _Inline(ast.NodeTransformer):
     """Rewrites a fact to read hoisted shapes and strides: ``m`` becomes ``x_shape[0]``.
 
     `reads`: every expression it looks at.  `simple`: these are dtypes and options only.
-    `derived`: it needs a size that is no dimension of a tensor.
+    `derived`: it needs a size that is no dimension of a tensor.  `of_device`: it speaks of arch or
+    vendor.
     """
 
     def __init__(self, spec: Spec) -> None:
-        self.spec, self.simple, self.derived = spec, True, False
+        self.spec, self.simple, self.derived, self.of_device = spec, True, False, False
         self.reads, self.hoisted = set[str](), set[str]()
         self.dimensions = {
             name: (tensor, index)
@@ -50,7 +53,8 @@ class _Inline(ast.NodeTransformer):
             tensor, index = self.dimensions[name]
             return self._hoist(tensor, "shape", f"[{index}]")
         if name in self.spec.size_names or name in DEVICE_NAMES:
-            self.derived = True
+            self.derived |= name not in DEVICE_NAMES
+            self.of_device |= name in DEVICE_NAMES
             return node
         return self._read(name) if name in self.spec.parameters else node
 

@@ -79,11 +79,11 @@ def make_rows(
     exponents = random.integers(-6, 7, m, k // group_size, dtype=torch.float32)
     x *= exponents.exp2().repeat_interleave(group_size, dim=1).to(dtype)
     x[1::16, :group_size] = 0.0
-    x[2::16, group_size // 2] = float("nan")
-    x[3::16, group_size // 3] = -float("inf")
-    x[4::16, group_size - 1] = 3e4
+    x[2::16, group_size // 2 :][:, :1] = float("nan")
+    x[3::16, group_size // 3 :][:, :1] = -float("inf")
+    x[4::16, group_size - 1 :][:, :1] = 3e4
     x[5::16, :group_size] *= 2.0**-45
     for row, qmax in ((6, 448.0), (7, 240.0)):
         x[row::16, :group_size].clamp_(-1.0, 1.0)
-        x[row::16, 0] = qmax / 8
+        x[row::16, :1] = qmax / 8
     return x

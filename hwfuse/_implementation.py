@@ -47,9 +47,9 @@ class Implementation:
     vendor: str | None
     module: str
     path: Path | None
-    requires: Requires = Requires()
+    requires: Requires = field(default_factory=Requires)
     copies: Mapping[str, str] = field(default_factory=dict)
-    problem: str | None = None
+    problem: str | None = field(default_factory=lambda: None)
     function: Callable[..., Any] | None = None
 
     @property
@@ -75,18 +75,35 @@ class Implementation:
         return self.function
 
 
-def read(path: Path, spec: Spec, **identity: Any) -> Implementation:
-    """Read a file without importing it.  *identity*: id, vendor, module, packages."""
-    packages = identity.pop("packages")
-    implementation = Implementation(op=spec.name, path=path, **identity)
+class InFile(Implementation):
+    """An implementation whose file is read when its declarations are first asked for.
+
+    So on one vendor's device the files of the others stay closed.
+    """
+
+    def __init__(self, path: Path, spec: Spec, packages: tuple[str, ...], **identity: Any) -> None:
+        super().__init__(op=spec.name, path=path, **identity)
+        del self.requires, self.copies, self.problem
+        self._source = path, spec, packages
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("requires", "copies", "problem"):
+            raise AttributeError(name)
+        self.requires, self.copies, self.problem = _read(*self._source)
+        return self.__dict__[name]
+
+
+def _read(path: Path, spec: Spec, packages: tuple[str, ...]) -> tuple[Requires, Any, str | None]:
+    """Return requires, copies and problem of a file, without importing it."""
+    requires, copies, problem = Requires(), dict[str, str](), None
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        implementation.requires = parse_requires(_literal(tree, "REQUIRES"), spec, packages)
-        implementation.copies = _literal(tree, "COPIES")
+        requires = parse_requires(_literal(tree, "REQUIRES"), spec, packages)
+        copies = _literal(tree, "COPIES")
         _check_signature(tree, spec)
     except (OSError, SyntaxError, ValueError) as error:
-        implementation.problem = f"{path}: {error}"
-    return implementation
+        problem = f"{path}: {error}"
+    return requires, copies, problem
 
 
 def parse_requires(data: Mapping[str, Any], spec: Spec, packages: tuple[str, ...] = ()) -> Requires:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from hwfuse import _device, _facts, _guard, _select, _spec, _state
 from hwfuse._decision import Decision
 from hwfuse._device import Target, fp8_dtype
-from hwfuse._errors import HwfuseError, InputError
+from hwfuse._errors import InputError
 from hwfuse._facts import Fact
 from hwfuse._implementation import REFERENCE
 from hwfuse._plugins import Registry
@@ -64,19 +64,7 @@ class Op:
         """Return this op with an order of its own: one id pins, several are an order."""
         from hwfuse import _using
 
-        orders = {self.spec.name: ids[0] if len(ids) == 1 else ids}
-
-        @functools.wraps(self.spec.function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if _is_tracing():
-                raise HwfuseError(
-                    f"{self!r}.using(…) cannot be traced; put hwfuse.using(…) around the compiled "
-                    "call: it acts on compiled code at once"
-                )
-            with _using.scope(orders, "op.using"):
-                return self(*args, **kwargs)
-
-        return call
+        return _using.of_one_op(self, ids)
 
     def bind(self, *, device: torch.device | str, **constants: Any) -> Callable[..., Any]:
         """Decide once and return the implementation with *constants* filled in; see _bind.py."""

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pluggy
 
@@ -165,12 +164,9 @@ def _read_backend(backend: Backend, op: str) -> dict[str, Implementation]:
         for folder in folders:
             path = Path(folder, f"{provider}_ops", f"{op}.py")
             if path.is_file():
-                identity: dict[str, Any] = {
-                    "id": f"{backend.name}/{provider}",
-                    "vendor": backend.vendor,
-                    "module": f"{backend.package}.{provider}_ops.{op}",
-                    "packages": packages,
-                }
-                implementation = _implementation.read(path, _spec.load(op), **identity)
-                found[implementation.id] = implementation
+                found[f"{backend.name}/{provider}"] = _implementation.InFile(
+                    path, _spec.load(op), packages,
+                    id=f"{backend.name}/{provider}", vendor=backend.vendor,
+                    module=f"{backend.package}.{provider}_ops.{op}",
+                )  # fmt: skip
     return found

@@ -22,7 +22,10 @@ from hwfuse._plugins import Registry
 from hwfuse._policy import REST, Entry, Layer, Order, Policy, Rule
 from hwfuse._report import announce
 
-VARIABLES = ("HWFUSE_USE", "HWFUSE_CONFIG", "HWFUSE_BLOCK", "HWFUSE_TRACE")
+VARIABLES = (
+    "HWFUSE_USE", "HWFUSE_CONFIG", "HWFUSE_BLOCK", "HWFUSE_TRACE",
+    "HWFUSE_LAUNCH", "HWFUSE_CHECK_LAUNCH",  # read by hwfuse_triton
+)  # fmt: skip
 
 ON_MISS = ("error", "warn", "silent")
 _VERSION = 1

@@ -129,7 +129,10 @@ def _standing(implementation: Implementation, call: Call, *, named: bool) -> lis
     if requires.packages and not call.absent:
         from hwfuse._packages import missing
 
-        reasons += filter(None, map(missing, requires.packages))
+        # Meta tensors run nowhere: what stands behind them may be a GPU.
+        is_meta = any(getattr(value, "is_meta", False) for value in call.values.values())
+        on_cpu = call.pretended and not is_meta
+        reasons += filter(None, (missing(one, on_cpu) for one in requires.packages))
     return reasons
 
 

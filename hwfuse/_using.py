@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hwfuse import _policy_file, _state
+from hwfuse._errors import HwfuseError
 from hwfuse._policy import Entry, Layer, Policy
 
 
@@ -46,6 +49,23 @@ def using(*everything: str, **ops: str | list[str]) -> AbstractContextManager[No
     if everything:
         orders["*"] = everything[0] if len(everything) == 1 else everything
     return scope(orders, "hwfuse.using")
+
+
+def of_one_op(op: Any, ids: tuple[str, ...]) -> Callable[..., Any]:
+    """Return *op* with an order of its own: one id pins, several are an order."""
+    orders = {op.spec.name: ids[0] if len(ids) == 1 else ids}
+
+    @functools.wraps(op.spec.function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            raise HwfuseError(
+                f"{op!r}.using(…) cannot be traced; put hwfuse.using(…) around the compiled call: "
+                "it acts on compiled code at once"
+            )
+        with scope(orders, "op.using"):
+            return op(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

@@ -67,6 +67,15 @@ def test_ulps_counts_steps_and_elements():
     assert "1 ulps off; 0 elements may differ" in verdict("ulps", one, x, max_ulps=1, share=0.0)
 
 
+def test_ulps_of_float32_have_a_bound_of_their_own():
+    """All float32 elements may differ, by so many steps; other dtypes keep to the share."""
+    numbers = {"max_ulps": 1, "share": 0.0, "float32": 16}
+    x = torch.linspace(1, 2, 10)
+    assert verdict("ulps", moved(x, slice(None), 16), x, **numbers) is None
+    assert "17 ulps off, allowed 16" in verdict("ulps", moved(x, 3, 17), x, **numbers)
+    assert "1 of 10" in verdict("ulps", moved(x.to(BF16), 3, 1), x.to(BF16), **numbers)
+
+
 def test_ulps_crosses_zero_by_one_step_each_side():
     """The smallest numbers of both signs are two steps apart; both zeros are one number."""
     tiny = 2.0**-149
@@ -160,3 +169,11 @@ def test_valid_rows_frees_the_rows_behind_them_only(used):
     assert verdict("bitwise", tail, x, others, valid_rows="used") is None
     assert "5 of 10 elements" in verdict("bitwise", row, x, others, valid_rows="used")
     assert "5 of 10 elements" in verdict("bitwise", x, row, others, valid_rows="used")
+
+
+def test_rel_frobenius_of_a_computed_scale_has_a_bound_of_its_own():
+    """Only where the scale is empty: then the op computed it."""
+    x, y = torch.full((4,), 1.02), torch.ones(4)
+    numbers = {"bound": 1e-2, "scale": "s", "computed": 3e-2}
+    assert compare(("rel_frobenius", numbers), x, y, {"s": torch.ones(1)})
+    assert compare(("rel_frobenius", numbers), x, y, {"s": torch.ones(0)}) is None

@@ -47,7 +47,7 @@ def test_report_counts_by_op_implementation_and_target():
         "passed": 3,
         "failed": {},
         "skipped": {},
-        "unreached": "every call gets rocm/triton",
+        "unreached": None,  # that needs Triton, which a machine may lack
     }
 
 
@@ -69,7 +69,7 @@ def test_missing_package_is_a_skip_with_its_reason_and_proves_nothing():
     with implementation(OP, "acme/split", split, requires=requires):
         report = run([OP], ["acme"], "cpu", matrix=SMALL)
     line = report.lines[OP, "acme/split", "cpu"]
-    assert line.skipped == {"needs acme_kernels; acme_kernels is not installed": 3}
+    assert line.skipped == {"needs acme_kernels; acme_kernels is not installed": 1}
     assert (line.passed, line.failed, report.ok) == (0, {}, False)
 
 

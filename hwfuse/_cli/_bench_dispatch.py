@@ -53,6 +53,10 @@ Call = tuple[Callable[..., Any], Callable[[], AbstractContextManager[Any]]]
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print."""
+    if options.device == "cuda":
+        from hwfuse._cli import _bench_launch
+
+        return _bench_launch.run(options)
     with progress("bench") as step, torch.no_grad():
         warm = _warm(options.rounds, step)
         cold = _cold()
@@ -86,6 +90,7 @@ def _show(
     heading("Limits")
     for name, found, most, unit in limits:
         say(f"  {'ok  ' if found <= most else 'OVER'}  {name}: {found:.2f} {unit}, at most {most}")
+    say("\nWhat launching a kernel costs needs a GPU: hwfuse bench dispatch --device cuda")
 
 
 def _warm(rounds: int, step: Callable[[int, int, str], None]) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ Always prints: each look is guarded, and what fails becomes a line of the answer
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import platform
@@ -20,16 +21,23 @@ from typing import Any
 import torch
 
 import hwfuse
-from hwfuse import _device, _plugins, _spec, _state
+from hwfuse import _compilers, _device, _plugins, _spec, _state
 from hwfuse._cli._output import emit, heading, say, table
 from hwfuse._implementation import Implementation
 from hwfuse._packages import installed, missing
 
 _PACKAGES = ("torch", "triton", "pluggy", "PyYAML", "transformers", "rich")
-_FIRST_CALL = {"triton": "compiles in seconds", "aiter": "may compile for minutes"}
+_FIRST_CALL = {
+    "cpp": "compiles in seconds",
+    "triton": "compiles in seconds",
+    "aiter": "may compile for minutes",
+}
 _COMMANDS = {
     "amd-aiter": "pip install --pre amd-aiter",
+    "aiter": "pip install git+https://github.com/ROCm/aiter",  # for what no release has
+    "rocm": "install a newer ROCm, and a torch that is built for it",
     "deep_gemm": "pip install git+https://github.com/deepseek-ai/DeepGEMM",
+    _compilers.NAME: _compilers.INSTALL,
 }
 
 
@@ -70,13 +78,15 @@ def examine() -> dict[str, Any]:
             "python": f"{platform.python_version()} at {sys.executable}",
             "platform": platform.platform(),
             **{name: _guarded(partial(_version, name), "") for name in _PACKAGES},
+            "CUDA C++": _guarded(_cuda_compilers, ""),
+            "its cache": _guarded(_cache, ""),
         },
         "devices": devices,
         "settings": {k: v for k, v in os.environ.items() if k.startswith("HWFUSE_")},
         "plugins": _guarded(lambda: list(_plugin_rows(registry)), []),
         "implementations": _guarded(lambda: list(_states(found, devices)), []),
         "missing": _guarded(lambda: list(_missing(found)), []),
-        "notes": _guarded(_aiter_notes, []),
+        "notes": [*_guarded(_aiter_notes, []), *_guarded(lambda: _launch_notes(registry), [])],
         "broken": broken,
     }
 
@@ -96,6 +106,17 @@ def _version(name: str) -> str:
         build = build or (torch.version.cuda and f"CUDA {torch.version.cuda}") or "CPU only"
         return f"{torch.__version__} ({build})"
     return installed(name) or "not installed"
+
+
+def _cuda_compilers() -> str:
+    found = "; then ".join(map(str, _compilers.compilers()))
+    return found or "no compiler: neither nvcc nor NVRTC was found"
+
+
+def _cache() -> str:
+    folder = _compilers.cache_folder()
+    sizes = [path.stat().st_size for path in folder.glob("*.cubin")]
+    return f"{len(sizes)} compiled kernels, {sum(sizes) / 1e6:.1f} MB in {folder}"
 
 
 def _devices() -> Iterator[dict[str, str]]:
@@ -167,7 +188,8 @@ def _command(requirement: str) -> str:
     name = requirement.partition(">=")[0]
     if name == "triton" and (torch.version.cuda or torch.version.hip):
         return "reinstall torch for this accelerator: it brings the triton that fits it"
-    return _COMMANDS.get(name, f"pip install '{requirement}'")
+    package = name.partition(".")[0]  # of a module such as aiter.ops.new
+    return _COMMANDS.get(name) or _COMMANDS.get(package, f"pip install '{requirement}'")
 
 
 def _aiter_notes() -> list[dict[str, str]]:
@@ -184,6 +206,15 @@ def _aiter_notes() -> list[dict[str, str]]:
         text = f"aiter {found} is PyPI's library of async iterators, not AMD's; uninstall it"
     command = f"pip uninstall aiter && {_COMMANDS['amd-aiter']}"
     return [{"note": text, "command": command}]
+
+
+def _launch_notes(registry: _plugins.Registry) -> list[dict[str, str]]:
+    """Ask the plugins that launch kernels of their own which way they do."""
+    notes: list[str] = []
+    for backend in registry.backends.values():
+        look = getattr(importlib.import_module(backend.package), "launch_notes", None)
+        notes += look() if look else []
+    return [{"note": text, "command": ""} for text in dict.fromkeys(notes)]
 
 
 def _show(data: dict[str, Any]) -> None:

@@ -29,6 +29,9 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:  #
     parser.add_argument("--backend", metavar="B", action="append", help="only this; may repeat")
     parser.add_argument("--device", metavar="D", help="only cuda:sm90, only cpu, …")
     parser.add_argument("--matrix", metavar="FILE", help="Python file with a MATRIX of inputs")
+    parser.add_argument(
+        "--evidence", action="store_true", help="print what the tests have recorded; run nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -39,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     for op in options.op:
         _spec.load(op)
     check_backends(options.backend)
+    if options.evidence:
+        return _evidence(options)
     with progress("parity") as step:
         report = testing.run(
             options.op or None,
@@ -83,6 +88,26 @@ def show(report: testing.Report) -> None:
             say(f"  {correction}")
     passed = sum(line.passed for line in report.lines.values())
     heading(f"{passed} passed, {len(failures)} failed")
+
+
+def _evidence(options: argparse.Namespace) -> int:
+    """Print the recorded evidence of these ops and backends; 1 if there is none."""
+    from hwfuse.testing import evidence
+
+    rows = [
+        row for row in evidence.recorded()
+        if (not options.op or row.op in options.op)
+        and (not options.backend or row.implementation.partition("/")[0] in options.backend)
+        and (not options.device or row.arch == options.device.rpartition(":")[2])
+    ]  # fmt: skip
+    if options.json:
+        emit([{**vars(row), "level": row.level} for row in rows])
+        return 0 if rows else 1
+    heads = ("op", "implementation", "arch", "evidence", "checks passed", "with")
+    table(heads, list(evidence.table(rows)))
+    heading("Evidence, from the weakest to the strongest:")
+    table(("", ""), list(evidence.LEVELS.items()))
+    return 0 if rows else 1
 
 
 def _interpreted(report: testing.Report) -> bool:

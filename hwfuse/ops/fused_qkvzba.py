@@ -91,12 +91,12 @@ def sizes(
         raise InputError("head_k_dim", head_k_dim, "a positive number")
     if head_v_dim < 1:
         raise InputError("head_v_dim", head_v_dim, "a positive number")
-    m, width = qkvz.shape
-    if ba.shape[0] != m:
-        raise InputError("ba.shape[0]", ba.shape[0], f"{m}, the number of rows of qkvz")
-    num_v_heads = ba.shape[1] // 2
-    if ba.shape[1] % 2 or not num_v_heads:
-        raise InputError("ba.shape[1]", ba.shape[1], "2 * num_v_heads, even and positive")
+    (m, width), (ba_rows, ba_width) = qkvz.shape, ba.shape
+    if ba_rows != m:
+        raise InputError("ba.shape[0]", ba_rows, f"{m}, the number of rows of qkvz")
+    num_v_heads = ba_width // 2
+    if ba_width % 2 or not num_v_heads:
+        raise InputError("ba.shape[1]", ba_width, "2 * num_v_heads, even and positive")
     key_width = width - 2 * num_v_heads * head_v_dim  # no divmod: symbolic sizes lack it
     num_k_heads = key_width // (2 * head_k_dim)
     if key_width % (2 * head_k_dim) or num_k_heads < 1:

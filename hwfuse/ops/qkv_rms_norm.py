@@ -156,12 +156,9 @@ def make_inputs(
 
 # The sum of squares may be taken in any order: about 1e-7 relative, the neighbouring number on at
 # most 1 of 10,000 roundings to float16, fewer to bfloat16.  A second rounding moves a quarter of
-# them.  (Results in float32 differ in their last bits throughout; this bound is not for them.)
-COMPARE: dict[str, tuple[str, dict[str, Any]]] = {
-    "q": ("ulps", {"max_ulps": 1, "share": 1e-3}),
-    "k": ("ulps", {"max_ulps": 1, "share": 1e-3}),
-    "v": ("ulps", {"max_ulps": 1, "share": 1e-3}),
-}
+# them.  Results in float32 differ throughout, by up to 5 steps; rounded in between, by thousands.
+_NORM: tuple[str, dict[str, Any]] = ("ulps", {"max_ulps": 1, "share": 1e-3, "float32": 16})
+COMPARE: dict[str, tuple[str, dict[str, Any]]] = {"q": _NORM, "k": _NORM, "v": _NORM}
 
 
 def _rows_and_heads(

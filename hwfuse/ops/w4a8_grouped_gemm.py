@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hwfuse import _moe
+from hwfuse import _moe, packing
 from hwfuse._checks import check, same_device
 from hwfuse._errors import InputError
+from hwfuse.packing import w4a8
 
 if TYPE_CHECKING:
     from hwfuse._random import Random
 
 
 GROUP = 128
-DIMS = {
-    "a": "m k",
-    "b": "num_experts n half_k",
-    "b_scale": "num_experts scale_rows scale_width",
-    "expert_offsets": "num_offsets",
-}
+DIMS = {"a": "m k", "expert_offsets": "num_offsets"}  # b and b_scale have two ranks
 
 
 def w4a8_grouped_gemm(
@@ -40,12 +36,13 @@ def w4a8_grouped_gemm(
         a: ``[M, K]`` float8_e4m3fn.  Elements of a row side by side, row stride free.  Rows from
             ``expert_offsets[E]`` on may hold anything.
         a_scale: ``[1]`` float32: the factor that restores a.
-        b: ``[E, N, K/2]`` int8: two numbers from -8 to 7 to a byte, two's complement.  The low four
-            bits of byte i are element 2i of the row, the high four element 2i + 1.  Elements of a
-            row side by side.
+        b: int8.  Plain ``[E, N, K/2]``: two numbers from -8 to 7 to a byte, two's complement.  The
+            low four bits of byte i are element 2i of the row, the high four element 2i + 1.
+            Elements of a row side by side.  Or ``[E, N/64, K/128, 4224]``, the blocks of
+            `hwfuse.packing.repack_w4a8`, which hold the scales too.
         b_scale: bfloat16, any sign: one factor s[e, n, g] for 128 elements of a row of the weight.
             ``[E, G/i, N*i]`` with element ``[e, g // i, n*i + g % i]`` = s[e, n, g]; i is 4 or 1,
-            as the shape says.  Elements of a row side by side.
+            as the shape says.  Elements of a row side by side.  ``[0]`` if b is repacked.
         expert_offsets: ``[E + 1]`` int32, not descending, as `w4a8_moe_prep` returns it.
 
     Returns:
@@ -70,7 +67,10 @@ def w4a8_grouped_gemm(
 
 
 class Sizes(NamedTuple):
-    """What follows from the shapes; m counts all rows, those of no expert too."""
+    """What follows from the shapes; m counts all rows, those of no expert too.
+
+    interleave is 0 if the weight is repacked.
+    """
 
     m: int
     n: int
@@ -120,6 +120,7 @@ def make_inputs(
     k: int = 7168,
     num_experts: int = 32,
     interleave: int | None = None,
+    is_repacked: bool = False,
     row_pad: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
@@ -137,6 +138,8 @@ def make_inputs(
     random = Random(seed, device)
     expert_offsets = _moe.make_offsets(random, m, num_experts)
     b, b_scale = make_weight(random, num_experts, n, k, interleave)
+    if is_repacked:
+        b, b_scale = packing.repack_w4a8(b, b_scale)
     return {
         "a": _moe.make_rows(random, m, k, expert_offsets, row_pad=row_pad, dtype=_moe.FP8),
         "a_scale": random.normal(1).abs() + 0.5,
@@ -155,6 +158,8 @@ COMPARE: dict[str, tuple[str, dict[str, Any]]] = {
 
 def check_weight(name: str, b: Tensor, b_scale: Tensor, k: int) -> tuple[int, int, int]:
     """Check an int4 weight and its scale; return number of experts, N and interleave."""
+    if b.ndim == 4:
+        return *_check_repacked(name, b, b_scale, k), 0
     check(name, b, 3, (torch.int8,))
     num_experts, n, width = b.shape
     if not num_experts or not n or width != k // 2:
@@ -169,6 +174,19 @@ def check_weight(name: str, b: Tensor, b_scale: Tensor, k: int) -> tuple[int, in
         needed = f"{plain}" if num_groups % 4 else f"{by_four}, interleaved by 4, or {plain}"
         raise InputError(f"{name}_scale.shape", tuple(b_scale.shape), needed)
     return num_experts, n, 4
+
+
+def _check_repacked(name: str, b: Tensor, b_scale: Tensor, k: int) -> tuple[int, int]:
+    check(name, b, 4, (torch.int8,))
+    num_experts, row_blocks, *block = b.shape
+    if not num_experts or not row_blocks or block != [k // GROUP, w4a8.BYTES]:
+        needed = f"[experts, rows / {w4a8.ROWS}, {k // GROUP}, {w4a8.BYTES}], repacked"
+        raise InputError(f"{name}.shape", tuple(b.shape), needed)
+    check(f"{name}_scale", b_scale, 1, (torch.bfloat16,))
+    if b_scale.shape[0]:
+        needed = f"(0,): a repacked {name} holds the scales"
+        raise InputError(f"{name}_scale.shape", tuple(b_scale.shape), needed)
+    return num_experts, row_blocks * w4a8.ROWS
 
 
 def make_weight(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hwfuse import _moe
+from hwfuse import _moe, packing
 from hwfuse._checks import check, same_device
 from hwfuse._errors import InputError
 from hwfuse.ops import w4a8_grouped_gemm, w4a8_moe_prep
@@ -16,9 +16,7 @@ DIMS = {
     "x": "m k",
     "topk_ids": "m topk",
     "topk_weights": "m topk",
-    "w13": "num_experts double_n half_k",
-    "w2": "num_experts k half_n",
-}
+}  # the weights have two ranks
 
 
 def w4a8_moe(
@@ -52,9 +50,9 @@ def w4a8_moe(
             free.
         topk_weights: ``[M, topk]`` float32, strides as *topk_ids*.
         w13: ``[E, 2N, K/2]`` int8: the rows of gate, then those of up, packed as the b of
-            `w4a8_grouped_gemm`.
+            `w4a8_grouped_gemm`; or repacked likewise, ``[E, N/32, K/128, 4224]``.
         w13_scale: bfloat16, the b_scale of *w13*.
-        w2: ``[E, K, N/2]`` int8, packed likewise.
+        w2: ``[E, K, N/2]`` int8, packed likewise; or repacked, ``[E, K/64, N/128, 4224]``.
         w2_scale: bfloat16, the b_scale of *w2*.
         a1_scale: float32, of x: ``[1]``, the scale of the checkpoint (static), or ``[0]``, the op
             computes it from the tokens of the call (dynamic).
@@ -181,6 +179,7 @@ def make_inputs(
     topk: int = 8,
     num_experts: int = 32,
     interleave: int | None = None,
+    is_repacked: bool = False,
     is_dynamic: bool = False,
     routed_scaling_factor: float = 2.5,
     row_pad: int = 0,
@@ -202,6 +201,9 @@ def make_inputs(
     x[2::4] = float("nan")
     w13, w13_scale = w4a8_grouped_gemm.make_weight(random, num_experts, 2 * n, k, interleave)
     w2, w2_scale = w4a8_grouped_gemm.make_weight(random, num_experts, k, n, interleave)
+    if is_repacked:
+        w13, w13_scale = packing.repack_w4a8(w13, w13_scale)
+        w2, w2_scale = packing.repack_w4a8(w2, w2_scale)
     # Gate and up have a deviation of 0.03 * sqrt(k); both scales clamp a few numbers.
     static = torch.tensor([3 / 448, 1e-3 * k / 448])
     a1_scale, a2_scale = (s[:0] if is_dynamic else s for s in static.to(random.device).split(1))
@@ -220,8 +222,11 @@ def make_inputs(
 
 
 # Sums in another order move c1 by an ulp here and there, and with it some codes of q2 by one; each
-# is one of n terms.  1e-2 is upstream's tolerance for the whole.
-COMPARE: dict[str, tuple[str, dict[str, Any]]] = {"out": ("rel_frobenius", {"bound": 1e-2})}
+# is one of n terms.  1e-2 is upstream's tolerance for the whole.  A computed a2_scale follows from
+# the one largest number of c1: an ulp of it, 0.4 % in bfloat16, moves codes all over q2.
+COMPARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "out": ("rel_frobenius", {"bound": 1e-2, "scale": "a2_scale", "computed": 3e-2})
+}
 
 
 def _check_activation_scale(name: str, scale: Tensor, x: Tensor) -> None:

@@ -7,6 +7,7 @@ from hwfuse.packing.int4 import deinterleave_scales, interleave_scales, pack_int
 from hwfuse.packing.kda import kda_shards, kda_views, pack_kda, split_qkvbfg, unpack_kda
 from hwfuse.packing.preshuffle import preshuffle_16x16, unpreshuffle_16x16
 from hwfuse.packing.shards import Shard, ShardRows, shard_rows
+from hwfuse.packing.w4a8 import repack_w4a8, unpack_w4a8
 
 __all__ = [
     "QKVNormMode",
@@ -24,6 +25,7 @@ __all__ = [
     "pack_int4",
     "pack_kda",
     "preshuffle_16x16",
+    "repack_w4a8",
     "rows_per_scale",
     "shard_rows",
     "split_qkvbfg",
@@ -32,5 +34,6 @@ __all__ = [
     "unpack_gemma4",
     "unpack_int4",
     "unpack_kda",
+    "unpack_w4a8",
     "unpreshuffle_16x16",
 ]

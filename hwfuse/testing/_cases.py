@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import hwfuse
-from hwfuse import _device, _explain, _facts, _state
+from hwfuse import _device, _explain, _facts, _packages, _state
 from hwfuse._errors import HwfuseWarning
 from hwfuse._implementation import Implementation
 from hwfuse._spec import Spec
@@ -37,6 +37,12 @@ class Place:
     def on_meta(self) -> AbstractContextManager[None]:
         """Return the context in which meta tensors count as the target."""
         return nullcontext() if self.target == "cpu" else pretend(self.target)
+
+    def lacks(self, implementation: Implementation) -> str | None:
+        """Say which packages of an implementation are missing here, or return None."""
+        is_pretended = self.device == "cpu" != self.target
+        missing = (_packages.missing(one, is_pretended) for one in implementation.requires.packages)
+        return "; ".join(filter(None, missing)) or None
 
 
 def places(implementation: Implementation, device: str | None) -> list[Place]:
@@ -86,7 +92,7 @@ class Case:
     def arguments(self, device: str | None = None, **changes: Any) -> dict[str, Any]:
         """Make the call's arguments; inside of ``place.entered()``."""
         keywords = {**self.keywords, **changes, "device": device or self.place.device}
-        return _explain.inputs(self.spec, seed=SEED, **keywords)
+        return _explain.inputs(self.spec, **{"seed": SEED, **keywords})
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 import hwfuse
 from hwfuse._implementation import REFERENCE
-from hwfuse.testing._cases import Case, NotTaken
+from hwfuse.testing._cases import SEED, Case, NotTaken
 from hwfuse.testing._memory import Memory
 from hwfuse.testing._values import (
     Arguments,
     Results,
     by_name,
+    calls_of,
+    compare_all,
     pinned_results,
     reference_results,
     require_taken,
@@ -134,6 +136,46 @@ def check_no_gradient(case: Case) -> None:
             raise case.error(f"its gradient is refused without its name: {error}") from error
         return
     raise case.error("no gradient is declared, and backward gave one")
+
+
+def check_replayed(case: Case) -> None:
+    """Capture the call in a CUDA graph, put other inputs into its memory, and replay."""
+    arguments, others = case.arguments(), case.arguments(seed=SEED + 1)
+    require_taken(case, arguments)
+    expected = reference_results(case, others)
+    args, kwargs = case.spec.split(arguments)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with warnings.catch_warnings(), torch.no_grad(), case.pinned():
+        warnings.simplefilter("ignore", UserWarning)  # that no rows make an empty graph
+        with torch.cuda.stream(stream):
+            for _ in range(4):  # the first compiles, the second is recorded, then it is replayed
+                hwfuse.op(case.op)(*args, **kwargs)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            result = hwfuse.op(case.op)(*args, **kwargs)
+    for name in case.spec.tensors:
+        arguments[name].copy_(others[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    if text := compare_all(case, by_name(case, result, arguments), expected, others):
+        raise case.error(f"replayed in a CUDA graph on other inputs: {text}")
+
+
+def check_compiled_here(case: Case) -> None:
+    """Compiled code on a GPU runs the pinned implementation, and its results are as right."""
+    arguments = case.arguments()
+    require_taken(case, arguments)
+    expected = reference_results(case, arguments)
+    torch.compiler.reset()
+    compiled = torch.compile(_Program(case), backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings(), torch.no_grad(), case.pinned(), calls_of(case.op) as ran:
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of torch, when it loads
+        result = compiled(*(arguments[name] for name in case.spec.tensors))
+    if ran[case.implementation] != 1:
+        raise case.error(f"compiled code ran {dict(ran)}")
+    if text := compare_all(case, by_name(case, result, arguments), expected, arguments):
+        raise case.error(f"compiled: {text}")
 
 
 def _check_slopes(case: Case, arguments: Arguments, gradients: Results) -> None:

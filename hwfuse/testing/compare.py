@@ -59,14 +59,19 @@ def bitwise(found: Tensor, expected: Tensor) -> str | None:
     return _describe(bits(found) != bits(expected), found, expected, "every bit must arrive")
 
 
-def ulps(found: Tensor, expected: Tensor, *, max_ulps: int, share: float) -> str | None:
+def ulps(
+    found: Tensor, expected: Tensor, *, max_ulps: int, share: float, float32: int | None = None
+) -> str | None:
     """Allow a *share* of the elements to differ, each by *max_ulps* steps of its dtype at most.
 
-    NaN matches any NaN, -0 matches 0, an infinity only itself.  Integers have no rounding and must
-    be equal.
+    *float32*: if given, all elements of that dtype may differ, by so many steps: nothing rounds
+    the sums that were taken in another order.  NaN matches any NaN, -0 matches 0, an infinity only
+    itself.  Integers have no rounding and must be equal.
     """
     if not found.is_floating_point():
         return bitwise(found, expected)
+    if float32 is not None and found.dtype == torch.float32:
+        max_ulps, share = float32, 1.0
     return _steps_within(found, expected, max_ulps, share, "ulps")
 
 
@@ -85,8 +90,20 @@ def calc_diff(found: Tensor, expected: Tensor, *, bound: float) -> str | None:
     return special or _below(value, bound, found, expected, "calc_diff")
 
 
-def rel_frobenius(found: Tensor, expected: Tensor, *, bound: float) -> str | None:
-    """Require ``|x - y| / |y|``, over the whole tensor, to be below *bound*."""
+def rel_frobenius(
+    found: Tensor,
+    expected: Tensor,
+    *,
+    bound: float,
+    scale: Tensor | None = None,
+    computed: float | None = None,
+) -> str | None:
+    """Require ``|x - y| / |y|``, over the whole tensor, to be below *bound*.
+
+    *computed*: the bound where *scale* is empty, so that the op computes it from what it rounded.
+    """
+    if computed is not None and scale is not None and not scale.numel():
+        bound = computed
     x, y, special = _numbers(found, expected)
     error, size = float((x - y).norm()), float(y.norm())
     value = error / size if size else math.inf if error else 0.0

@@ -384,17 +384,21 @@ def w4a8_grouped_gemm(
     expert_offsets: Tensor,
 ) -> Tensor:
     """Unpack expert by expert, multiply row by row."""
-    rows = a.new_empty(len(a), b.shape[1], dtype=torch.bfloat16)
+    rows = a.new_empty(len(a), b.shape[1] * (64 if b.ndim == 4 else 1), dtype=torch.bfloat16)
     for e, (start, end) in enumerate(itertools.pairwise(expert_offsets.tolist())):
         if start < end:
-            weight = _int4_weight(b[e], b_scale[e])
+            weight = _int4_weight(b, b_scale, e)
             for m in range(start, end):
                 rows[m] = a_scale * (weight @ a[m].float())
     return rows
 
 
-def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
+def _int4_weight(packed: Tensor, scale: Tensor, expert: int) -> Tensor:
     """Return float32 ``[N, K]``: low nibbles are the even columns, scales interleaved or not."""
+    packed = packed[expert]
+    if packed.ndim == 3:
+        return _without_blocks(packed)
+    scale = scale[expert]
     num_rows, num_groups = len(packed), 2 * packed.shape[1] // _BLOCK
     weight = torch.empty(num_rows, 2 * packed.shape[1], device=packed.device)
     weight[:, 0::2] = (packed << 4) >> 4  # a right shift copies the sign
@@ -404,6 +408,21 @@ def _int4_weight(packed: Tensor, scale: Tensor) -> Tensor:
         of_group = scale[g // step, g % step :: step]
         weight[:, g * _BLOCK : (g + 1) * _BLOCK] *= of_group.float()[:, None]
     return weight
+
+
+def _without_blocks(blocks: Tensor) -> Tensor:
+    """Return float32 ``[N, K]`` of ``[N/64, K/128, 4224]``, row by row of each block."""
+    weight = torch.empty(len(blocks), 64, blocks.shape[1], _BLOCK, device=blocks.device)
+    scales = blocks[..., 4096:].contiguous().view(torch.bfloat16).float()
+    c = torch.arange(_BLOCK, device=blocks.device)  # columns
+    place = c // 64 * 2048 + c // 4 % 4 * 16 + c // 32 % 2 * 8 + c // 16 % 2 * 4 + c % 4
+    for row in range(64):
+        warp, half, g = row // 16, row // 8 % 2, row % 8
+        code = blocks[..., place + 512 * warp + 64 * g].int()
+        magnitude, sign = (code >> 3 * half) & 7, (code >> (7 - half)) & 1
+        number = torch.where(sign == 1, -1 - magnitude, magnitude)
+        weight[:, row] = number * scales[..., 16 * warp + 2 * g + half, None]
+    return weight.flatten(0, 1).flatten(1)
 
 
 def silu_mul_fp8_quant(rows: Tensor, scale: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -453,7 +472,7 @@ def w4a8_moe(
     for expert, hits in enumerate(routes):
         if not hits:
             continue
-        weight = _int4_weight(w13[expert], w13_scale[expert])
+        weight = _int4_weight(w13, w13_scale, expert)
         for token, slot in hits:
             a1 = _codes(x[token].float(), a1_scale).to(_FP8).float()
             gated[token, slot] = _silu_mul((a1_scale * (weight @ a1)).bfloat16())
@@ -464,7 +483,7 @@ def w4a8_moe(
     for expert, hits in enumerate(routes):
         if not hits:
             continue
-        weight = _int4_weight(w2[expert], w2_scale[expert])
+        weight = _int4_weight(w2, w2_scale, expert)
         for token, slot in hits:
             a2 = _codes(gated[token, slot], a2_scale).to(_FP8).float()
             row = (a2_scale * (weight @ a2)).bfloat16().float()

@@ -22,7 +22,7 @@ from typing import Any
 import hwfuse
 from hwfuse import _spec, _state
 from hwfuse._implementation import REFERENCE, Implementation
-from hwfuse.testing import _cases, _matrix, _programs, _selection, _values
+from hwfuse.testing import _cases, _matrix, _programs, _selection, _values, evidence
 from hwfuse.testing._cases import Case, NotTaken, Place
 from hwfuse.testing._matrix import Matrix, Row
 
@@ -162,8 +162,24 @@ def parity_tests(
             check.prove()
         except NotTaken as reason:
             pytest.skip(str(reason))
+        except BaseException:
+            _record(check, passed=False)
+            raise
+        _record(check, passed=True)
 
     return test_parity
+
+
+def _record(check: Check, *, passed: bool) -> None:
+    """Note what a check proves: on a device, or of a Triton kernel in the interpreter."""
+    place = check.case.place
+    if place.device == "cuda":
+        level = "hardware"
+    elif place.target != "cpu" and check.implementation.endswith("/triton"):
+        level = "interpreted"
+    else:
+        return  # on the CPU there is nothing between an implementation and its proof
+    evidence.record(check.case.op, check.implementation, place.target, level, passed=passed)
 
 
 def checks(
@@ -202,18 +218,27 @@ def _of_implementation(
     if implementation.problem or place.missing:
         yield check("load", _broken, implementation.problem, place.missing)
         return
-    for label, keywords in inputs.items():
-        case = dataclasses.replace(base, keywords=keywords)
-        prove = functools.partial(_values.check_values, case)
-        yield Check(case, implementation.id, label, prove)
     everything = list(inputs.values())
-    yield check("reached", _selection.check_reached, everything)
-    yield check("traits", _values.check_traits)
-    if implementation.requires.differentiable:
-        yield check("gradient", _programs.check_gradient)
+    if absent := place.lacks(implementation):
+        yield check("load", _broken, None, absent)
+    else:
+        for label, keywords in inputs.items():
+            case = dataclasses.replace(base, keywords=keywords)
+            prove = functools.partial(_values.check_values, case)
+            yield Check(case, implementation.id, label, prove)
+            if place.device == "cuda" and implementation.vendor:
+                replay = functools.partial(_programs.check_replayed, case)
+                yield Check(case, implementation.id, f"replayed-{label}", replay)
+        if place.device == "cuda" and implementation.vendor:
+            yield check("compiled", _programs.check_compiled_here)
+        yield check("reached", _selection.check_reached, everything)
+        yield check("traits", _values.check_traits)
+        if implementation.requires.differentiable:
+            yield check("gradient", _programs.check_gradient)
     if implementation.requires.facts or implementation.requires.arch:
         implied = line.implied if line else ()
-        yield check("rejections", _selection.check_rejections, everything, implied)
+        # Backwards, from the most rows: an empty tensor breaks few facts.
+        yield check("rejections", _selection.check_rejections, everything[::-1], implied)
 
 
 def _broken(case: Case, problem: str | None, missing: str | None) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import hwfuse
 from hwfuse import _spec
-from hwfuse._cli import _bench_dispatch, _bench_ops
+from hwfuse._cli import _bench_dispatch, _bench_launch, _bench_ops
 from hwfuse.testing import naive
 
 
@@ -128,6 +128,7 @@ def test_bench_on_a_gpu_that_is_not_here_says_so(run, monkeypatch):
         (["dispach"], "'dispach' is no op (did you mean 'dispatch'?)"),
         (["dispatch", "q_rms_norm"], "found dispatch q_rms_norm, needed dispatch alone"),
         (["--rounds", "0"], "--rounds: found 0, needed at least 1"),
+        (["q_rms_norm", "--m", "1,2"], "--m: found 1,2, needed one number, or --device cuda"),
     ],
 )
 def test_bench_of_nonsense_is_refused(run, words, message):
@@ -137,14 +138,51 @@ def test_bench_of_nonsense_is_refused(run, words, message):
     assert message in result.err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="times kernels on a GPU")
-def test_bench_on_a_gpu_replays_graphs_of_each_implementation(run):
-    """The reference is first, and a call that can be captured is."""
-    result = run("bench", "fused_qkvzba", "--device", "cuda", "--m", "2", "--json")
-    rows = json.loads(result.out)["ops"]
-    assert result.code == 0
-    assert rows[0]["implementation"] == "reference/torch"
-    assert len(rows) > 1
-    for row in rows:
-        assert row["how"] == "graph"
-        assert row["us"] > 0
+def test_bench_dispatch_on_a_gpu_that_is_not_here_says_so(run, monkeypatch):
+    """What launching costs cannot be measured without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("bench", "dispatch", "--device", "cuda")
+    assert result.code == 1
+    assert "dispatch" not in result.out
+    assert result.err == (
+        "hwfuse bench: --device cuda: torch finds no GPU here; --device cpu measures the choice "
+        "alone\n"
+    )
+
+
+COSTS = {
+    "bare_us": 10.0,
+    "ops": [
+        {"op": "two", "outputs": 2, "launches": 1, "us": {"sizes": 1.0, "op, tier 1": 8.5}},
+        {"op": "five", "outputs": 5, "launches": 2, "us": {"op, tier 1": 15.6, "op, tier 2": 12.0}},
+    ],
+}
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """A GPU, and a plugin whose launches cost what COSTS says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(_bench_launch, "_costs", lambda name, _: COSTS if name == "cuda" else None)
+
+
+def test_bench_of_launches_compares_with_multiples_of_a_bare_launch(run, costs):
+    """A goal grows with every result beyond two and every kernel beyond one."""
+    result = run("bench", "dispatch", "--device", "cuda", "--check")
+    assert result.code == 1
+    assert "  ok    two, op, tier 1: 0.85 x, at most 0.85\n" in result.out
+    assert "  OVER  five, op, tier 1: 1.56 x, at most 1.55\n" in result.out
+    assert "  ok    five, op, tier 2: 1.20 x, at most 1.20\n" in result.out
+    data = json.loads(run("bench", "dispatch", "--device", "cuda", "--json").out)
+    assert data["results"] == [COSTS]
+    assert len(data["goals"]) == 3
+
+
+def test_bench_of_launches_asks_every_plugin_that_can_answer(monkeypatch):
+    """Those of other vendors have nothing to say."""
+    assert _bench_launch._costs("reference", 1) is None
+    import hwfuse_cuda
+
+    monkeypatch.setattr(hwfuse_cuda, "launch_costs", lambda rounds: {"rounds": rounds})
+    assert _bench_launch._costs("cuda", 3) == {"rounds": 3}

@@ -143,3 +143,20 @@ def test_doctor_other_aiter_is_told_apart(monkeypatch, tmp_path, has_ops, text):
 def test_doctor_without_aiter_has_no_note():
     """Nothing installed, nothing to say."""
     assert doctor._aiter_notes() == []
+
+
+def test_doctor_tells_what_plugins_say_of_their_launches(monkeypatch):
+    """Once each: two backends may share what launches."""
+    import hwfuse_cuda
+    import hwfuse_rocm
+
+    for plugin in (hwfuse_cuda, hwfuse_rocm):
+        monkeypatch.setattr(plugin, "launch_notes", lambda: ["repeated calls are replayed in C"])
+    notes = doctor._launch_notes(doctor._state.registry())
+    assert notes == [{"note": "repeated calls are replayed in C", "command": ""}]
+
+
+def test_doctor_without_a_gpu_says_nothing_of_launches(monkeypatch):
+    """There are none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._launch_notes(doctor._state.registry()) == []

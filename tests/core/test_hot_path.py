@@ -170,6 +170,7 @@ def test_dtype_none_follows_the_pretended_arch(fakes):
 
 def test_pretended_arch_changes_the_choice_each_time(fakes):
     """Arch and vendor are part of every choice, though no fact names them."""
+    hwfuse.configure({"block": ["cuda", "rocm"]})  # theirs would come first
     fakes.add("acme/hopper", arch=("sm90",))
     fakes.add("acme/cdna", arch=("gfx942", "gfx950"))
     x = torch.zeros(2, 128)

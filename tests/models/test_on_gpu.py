@@ -41,6 +41,7 @@ def tell(capsys, text, record):
         sys.stdout.write(f"\n  {text}; {ran}\n")
 
 
+@pytest.mark.filterwarnings("ignore:fp8_blockscale_gemm runs the reference")  # it has no other
 def test_w4afp8_checkpoint_generates_the_tokens_of_the_reference_on_the_cpu(tmp_path, capsys):
     """Every step's best token leads by more than the two devices' logits differ."""
     write_w4afp8_checkpoint(tiny_deepseek_v3(), tmp_path)

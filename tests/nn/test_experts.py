@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import hwfuse
+import hwfuse.testing
 from hwfuse.nn import FP8BlockExperts, W4A8Experts
 from hwfuse.packing import unpack_int4
 
@@ -143,6 +145,45 @@ def test_w4a8_experts_when_a_state_dict_is_loaded_are_prepared_anew():
     other.load_state_dict(state)
     assert torch.equal(other.w2_scale, experts.w2_scale * 2)
     assert not torch.equal(other(x, IDS, WEIGHTS), experts(x, IDS, WEIGHTS))
+
+
+@pytest.fixture
+def repacked(monkeypatch):
+    """Experts whose weights are in the layout of Hopper's kernel, as if it ran here."""
+    chosen = SimpleNamespace(chosen="cuda/cpp")
+    experts = w4a8_experts()
+    with monkeypatch.context() as patch:
+        patch.setattr(hwfuse, "explain", lambda *_args, **_sizes: chosen)
+        assert experts.repack()
+    return experts
+
+
+def test_w4a8_experts_when_repacked_compute_the_same(repacked):
+    """The kernel that reads the layout is not here, so the reference does."""
+    x = numbers(5, K).bfloat16()
+    assert repacked.gate_up_proj.shape == (E, 2 * N // 64, K // 128, 4224)
+    assert torch.equal(repacked(x, IDS, WEIGHTS), w4a8_experts()(x, IDS, WEIGHTS))
+
+
+def test_w4a8_experts_when_repacked_save_and_load_the_checkpoint_s_layout(repacked):
+    """A load or prepare() goes back to it."""
+    plain, x = w4a8_experts(), numbers(5, K).bfloat16()
+    for name, tensor in repacked.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name])
+    state = {
+        name: -t if name == "down_proj_scale_inv" else t for name, t in plain.state_dict().items()
+    }
+    repacked.load_state_dict(state)
+    assert repacked.down_proj.shape == plain.down_proj.shape
+    assert torch.equal(repacked(x, IDS, WEIGHTS), -plain(x, IDS, WEIGHTS))
+
+
+def test_w4a8_experts_when_no_kernel_reads_the_layout_keep_theirs():
+    """On this machine's CPU nothing but the reference would take it."""
+    experts = w4a8_experts()
+    with hwfuse.testing.pretend("cuda:sm80"):
+        assert not experts.repack()
+    assert experts.gate_up_proj.ndim == 3
 
 
 def saved(experts):

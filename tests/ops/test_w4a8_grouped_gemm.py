@@ -170,9 +170,20 @@ def test_nan_stays_in_its_row():
     assert used(inputs).isnan().all(dim=1).tolist() == [False, True]
 
 
+@pytest.mark.parametrize(("num_experts", "n", "k"), [(3, 192, 384), (2, 64, 1024), (1, 128, 128)])
+def test_repacked_weight_gives_the_bits_of_the_plain_one(num_experts, n, k):
+    """Its rank says what it is; the scales come along inside."""
+    sizes = {"m": 33, "n": n, "k": k, "num_experts": num_experts}
+    plain, repacked = make_inputs(**sizes), make_inputs(**sizes, is_repacked=True)
+    assert repacked["b"].shape == (num_experts, n // 64, k // 128, 4224)
+    assert repacked["b_scale"].shape == (0,)
+    assert torch.equal(used(repacked), used(plain))
+
+
 A, B = torch.zeros(3, 512).to(FN), torch.zeros(2, 8, 256, dtype=torch.int8)
 S = torch.ones(2, 4, 8, dtype=torch.bfloat16)
 OFFSETS = torch.zeros(3, dtype=torch.int32)
+BLOCKS, NO_SCALE = torch.zeros(2, 1, 4, 4224, dtype=torch.int8), S[:0, 0, 0]
 BAD = {
     "a": ({"a": A.float()}, "a.dtype: found torch.float32, needed torch.float8_e4m3fn"),
     "fnuz": ({"a": A.view(torch.float8_e4m3fnuz)}, "a.dtype: found torch.float8_e4m3fnuz, need"),
@@ -194,6 +205,16 @@ BAD = {
     "offsets": ({"expert_offsets": OFFSETS[:2]}, r"expert_offsets.shape\[0\]: found 2, needed 3"),
     "offsets dtype": ({"expert_offsets": OFFSETS.long()}, "expert_offsets.dtype: found .*int64"),
     "device": ({"b": B.to("meta")}, "b.device: found meta, needed cpu, as a"),
+    "blocks": (
+        {"b": BLOCKS[:, :, :3], "b_scale": NO_SCALE},
+        r"b.shape: found \(2, 1, 3, 4224\), needed \[experts, rows / 64, 4, 4224\], repacked",
+    ),
+    "rank of the scale": ({"b": BLOCKS}, r"b_scale.shape: found \(2, 4, 8\), needed 1 dimensions"),
+    "scale of blocks": (
+        {"b": BLOCKS, "b_scale": S[0, 0]},
+        r"b_scale.shape: found \(8,\), needed \(0,\): a repacked b holds the scales",
+    ),
+    "no scale": ({"b_scale": NO_SCALE}, r"b_scale.shape: found \(0,\), needed 3 dimensions"),
 }
 
 

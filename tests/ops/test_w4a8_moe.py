@@ -143,6 +143,16 @@ def test_misread_argument_is_far_outside_the_bound(wrong):
     assert rel_frobenius(w4a8_moe(**inputs | changes[wrong]), w4a8_moe(**inputs), bound=0.1)
 
 
+def test_repacked_weights_give_the_bits_of_the_plain_ones():
+    """Each of the two may be in either layout."""
+    plain, repacked = make_inputs(m=9, **SIZES), make_inputs(m=9, **SIZES, is_repacked=True)
+    assert repacked["w13"].shape == (4, 8, 4, 4224)
+    expected = w4a8_moe(**plain)
+    assert torch.equal(w4a8_moe(**repacked), expected)
+    w2 = {name: plain[name] for name in ("w2", "w2_scale")}
+    assert torch.equal(w4a8_moe(**repacked | w2), expected)
+
+
 GOOD = make_inputs(m=3, **SIZES)
 X, W2 = GOOD["x"], GOOD["w2"]
 BAD = {

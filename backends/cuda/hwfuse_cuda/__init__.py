@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 import hwfuse
 
 
@@ -20,3 +24,21 @@ def hwfuse_backend() -> hwfuse.Backend:
             "cublas": (),  # through torch, which links it
         },
     )
+
+
+def launch_notes() -> list[str]:
+    """Say for `hwfuse doctor` which way kernels are launched here."""
+    if not torch.cuda.is_available() or not torch.version.cuda:
+        return []
+    from hwfuse_triton import _tiers
+
+    return _tiers.notes()
+
+
+def launch_costs(rounds: int) -> dict[str, Any] | None:
+    """Measure for `hwfuse bench dispatch` what launching costs the host."""
+    if not torch.version.cuda:
+        return None
+    from hwfuse_triton import _tiers
+
+    return _tiers.costs("cuda/triton", rounds)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 import hwfuse
 
 
@@ -19,3 +23,21 @@ def hwfuse_backend() -> hwfuse.Backend:
             "triton": ("triton>=3.6",),
         },
     )
+
+
+def launch_notes() -> list[str]:
+    """Say for `hwfuse doctor` which way kernels are launched here."""
+    if not torch.cuda.is_available() or not torch.version.hip:
+        return []
+    from hwfuse_triton import _tiers
+
+    return _tiers.notes()
+
+
+def launch_costs(rounds: int) -> dict[str, Any] | None:
+    """Measure for `hwfuse bench dispatch` what launching costs the host."""
+    if not torch.version.hip:
+        return None
+    from hwfuse_triton import _tiers
+
+    return _tiers.costs("rocm/triton", rounds)

@@ -7,12 +7,12 @@ Programs of one row block lie side by side: what they read is one piece of memor
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 
 from hwfuse import InputError
 from hwfuse.ops import fused_qkvzba as spec
+from hwfuse_triton._launch import Launch, empty, has_pdl
 
 # Elements per program: with 128 threads and 2-byte elements, two 16-byte loads in flight each.
 _TILE = 2048
@@ -152,60 +152,56 @@ def fused_qkvzba_kernel(
 
 
 @functools.cache
-def _has_pdl(index: int) -> bool:
-    """Say whether kernels on this device can start before the one they depend on has ended."""
-    return (
-        index >= 0
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(index) >= (9, 0)
-    )
+def _plan(itemsize, num_k_heads, num_v_heads, head_k_dim, head_v_dim, layout):
+    """Return what depends on no row: widths of the results, heads per program, the vector."""
+    block_k, block_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
+    block_heads = max(1, _TILE // max(block_k, block_v))
+    v_size = num_v_heads * head_v_dim
+    mixed = 2 * num_k_heads * head_k_dim + v_size
+
+    @functools.cache
+    def launch(unit, pdl):
+        return Launch(
+            fused_qkvzba_kernel,
+            num_warps=_WARPS,
+            pdl=pdl,
+            NUM_K_HEADS=num_k_heads,
+            NUM_V_HEADS=num_v_heads,
+            HEAD_K_DIM=head_k_dim,
+            HEAD_V_DIM=head_v_dim,
+            INTERLEAVED=layout == "interleaved",
+            STRIDE_UNIT=unit,
+            BLOCK_HEADS=block_heads,
+            BLOCK_K_DIM=block_k,
+            BLOCK_V_DIM=block_v,
+            BLOCK_LOGITS=_LOGITS,
+        )
+
+    return mixed, (v_size, head_v_dim, 1), block_heads, 16 // itemsize, launch
 
 
 def fused_qkvzba(qkvz, ba, *, head_k_dim, head_v_dim, layout="interleaved"):
     m, num_k_heads, num_v_heads, r = spec.sizes(
         qkvz, ba, head_k_dim=head_k_dim, head_v_dim=head_v_dim, layout=layout
     )
-    v_size = num_v_heads * head_v_dim
-    mixed_qkv = qkvz.new_empty(m, 2 * num_k_heads * head_k_dim + v_size)
-    z = qkvz.new_empty(m, num_v_heads, head_v_dim)
-    b = ba.new_empty(m, num_v_heads)
-    a = ba.new_empty(m, num_v_heads)
+    dtype, ba_dtype = qkvz.dtype, ba.dtype
+    mixed, z_strides, block_heads, vector, launch = _plan(
+        dtype.itemsize, num_k_heads, num_v_heads, head_k_dim, head_v_dim, layout
+    )
+    outputs = (
+        empty(qkvz, (m, mixed), dtype),
+        empty(qkvz, (m, num_v_heads, head_v_dim), dtype, z_strides),
+        empty(ba, (m, num_v_heads), ba_dtype),
+        empty(ba, (m, num_v_heads), ba_dtype),
+    )
     if m == 0:
-        return mixed_qkv, z, b, a
+        return outputs
     if m * num_v_heads > _MAX_HEADS:
         raise InputError("qkvz.shape[0]", m, f"at most {_MAX_HEADS // num_v_heads} rows")
-
-    block_k, block_v = triton.next_power_of_2(head_k_dim), triton.next_power_of_2(head_v_dim)
-    block_heads = max(1, _TILE // max(block_k, block_v))
-    vector = 16 // qkvz.element_size()
     # One row's stride may be any number: it must not choose the slow variant, nor exceed 32 bits.
     stride, ba_stride = (qkvz.stride(0), ba.stride(0)) if m > 1 else (0, 0)
-    unit = vector if stride % vector == 0 else 1
-    programs = triton.cdiv(m * num_v_heads, _LOGITS)
-    programs += triton.cdiv(m * num_k_heads, block_heads) * (2 + 2 * r)
-    pdl = programs <= _PDL_PROGRAMS and _has_pdl(qkvz.get_device())
-    fused_qkvzba_kernel[(programs,)](
-        qkvz,
-        ba,
-        mixed_qkv,
-        z,
-        b,
-        a,
-        m,
-        stride // unit,
-        ba_stride,
-        NUM_K_HEADS=num_k_heads,
-        NUM_V_HEADS=num_v_heads,
-        HEAD_K_DIM=head_k_dim,
-        HEAD_V_DIM=head_v_dim,
-        INTERLEAVED=layout == "interleaved",
-        STRIDE_UNIT=unit,
-        BLOCK_HEADS=block_heads,
-        BLOCK_K_DIM=block_k,
-        BLOCK_V_DIM=block_v,
-        BLOCK_LOGITS=_LOGITS,
-        PDL=pdl,
-        num_warps=_WARPS,
-        **({"launch_pdl": True} if pdl else {}),
-    )
-    return mixed_qkv, z, b, a
+    unit = 1 if stride % vector else vector
+    programs = -(-m * num_v_heads // _LOGITS) + -(-m * num_k_heads // block_heads) * (2 + 2 * r)
+    pdl = programs <= _PDL_PROGRAMS and has_pdl(qkvz.get_device())
+    launch(unit, pdl)(programs, qkvz, ba, *outputs, m, stride // unit, ba_stride)
+    return outputs

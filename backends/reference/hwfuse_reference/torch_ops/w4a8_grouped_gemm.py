@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hwfuse.ops import w4a8_grouped_gemm as spec
-from hwfuse.packing import deinterleave_scales
+from hwfuse.packing import deinterleave_scales, unpack_w4a8
 
 REQUIRES = {"deterministic": True}
 
@@ -23,8 +23,7 @@ def w4a8_grouped_gemm(
     expert_offsets: Tensor,
 ) -> Tensor:
     rows = spec.outputs(a, a_scale, b, b_scale, expert_offsets)
-    scales = deinterleave_scales(b_scale, num_rows=b.shape[1])
-    step = max(1, _BLOCK // b.shape[2])
+    step = max(1, _BLOCK // (a.shape[1] // 2))
     offsets = expert_offsets.tolist()
     rows[offsets[-1] :] = torch.nan  # unspecified; shows when a consumer reads it
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):
@@ -33,11 +32,21 @@ def w4a8_grouped_gemm(
         if start < end:
             x = a[start:end].float()
             even, odd = x[:, 0::2].contiguous(), x[:, 1::2].contiguous()
-            parts = b[e].split(step), scales[e].split(step), rows[start:end].split(step, dim=1)
+            weight, scales = _plain(b, b_scale, e)
+            parts = weight.split(step), scales.split(step), rows[start:end].split(step, dim=1)
             for packed, scale, out in zip(*parts, strict=True):
                 low, high = unpack(packed, scale)
                 out.copy_(torch.addmm(even @ low.t(), odd, high.t()) * a_scale)
     return rows
+
+
+def _plain(b: Tensor, b_scale: Tensor, e: int) -> tuple[Tensor, Tensor]:
+    """Return one expert's packed weight ``[N, K/2]`` and its scales ``[N, G]``."""
+    if b.ndim == 4:
+        (weight,), (scale,) = unpack_w4a8(b[e : e + 1])
+    else:
+        weight, scale = b[e], b_scale[e]
+    return weight, deinterleave_scales(scale, num_rows=len(weight))
 
 
 def unpack(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

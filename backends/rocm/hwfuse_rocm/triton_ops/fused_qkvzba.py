@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from hwfuse_triton import fused_qkvzba as shared
+from hwfuse_triton._replay import replayed
 
 REQUIRES = {"deterministic": True, "batch_invariant": True}
 
 
+@replayed
 def fused_qkvzba(
     qkvz: Tensor,
     ba: Tensor,

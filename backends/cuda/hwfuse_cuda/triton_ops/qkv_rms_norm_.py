@@ -1,0 +1,30 @@
+"""qkv_rms_norm_: the Triton kernel that ROCm runs too."""
+
+from torch import Tensor
+
+from hwfuse_triton import head_norms as shared
+from hwfuse_triton._replay import replayed
+
+REQUIRES = {
+    "facts": ("head_dim <= 32768",),  # a head lies in the registers of one program
+    "deterministic": True,
+    "batch_invariant": True,
+}
+VARIANTS = {
+    "small tiles": "m * (num_q_heads + 2 * num_kv_heads) * head_dim <= 2097152",
+    "large tiles": "m * (num_q_heads + 2 * num_kv_heads) * head_dim > 2097152",
+}
+
+
+@replayed
+def qkv_rms_norm_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *,
+    head_dim: int,
+    eps: float = 1e-6,
+) -> None:
+    shared.qkv_rms_norm_(q, k, v, q_weight, k_weight, head_dim=head_dim, eps=eps)
