@@ -131,6 +131,7 @@ class FP8Quantizer(HfQuantizer):  # type: ignore[misc]  # untyped
         for module in model.modules():
             if isinstance(module, W4A8Experts):
                 module.prepare()
+                module.repack()
 
     def check(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         """Raise for what transformers only warns of: a parameter that the checkpoint lacks."""

@@ -96,8 +96,11 @@ class W4A8Experts(nn.Module):
         weights = (self.gate_up_proj, self.down_proj)
         if weights[0].ndim == 4:
             return True
+        if weights[0].is_meta:
+            return False  # its memory stays on disk until it is used
         decision = hwfuse.explain(
             "w4a8_grouped_gemm",
+            device=str(weights[0].device),
             m=1,
             n=weights[0].shape[1],
             k=weights[1].shape[1],

@@ -4,7 +4,9 @@ from torch import Tensor
 
 from hwfuse_triton import w4a8_moe as shared
 
-REQUIRES = {}  # traits are those of the parts, which are chosen one by one
+REQUIRES = {  # traits are those of the parts, which are chosen one by one
+    "arch": ("gfx942", "gfx950"),  # Triton 3.7 fails to compile the grouped GEMM for gfx12
+}
 VARIANTS = {
     "six ops, each on its own best implementation": "a1_scale.shape[0] + a2_scale.shape[0] == 2",
     "six ops, each on its own best implementation; computes a scale": "m >= 0",
