@@ -40,6 +40,10 @@ _TORCH_TYPES = {
     "fp64": torch.float64,
 }
 
+# Kernels as the interpreter rewrote them, which takes longer than a small launch.  By function: who
+# replaces a helper of a kernel in its module has to define the kernel anew.
+_rewritten: dict[Any, Any] = {}
+
 _lock = threading.RLock()
 _depth = 0
 _active = contextlib.ExitStack()
@@ -77,7 +81,7 @@ def _corrected() -> contextlib.ExitStack:
         (interpreter.InterpreterBuilder, _bfloat16(interpreter) | _nan_and_fma(interpreter)),
         (interpreter.ReduceOps, _reductions(interpreter)),
         (interpreter.FunctionRewriter, {"_compile_and_exec": _rewriting(interpreter)}),
-        (interpreter.InterpretedFunction, {"rewritten_fn": {}}),
+        (interpreter.InterpretedFunction, {"rewritten_fn": _rewritten}),
     ]
     with contextlib.ExitStack() as stack:
         for owner, attributes in changes:
