@@ -21,9 +21,11 @@ demo: .venv/example ## run small models with and without hwfuse, on this machine
 	PYTHONPATH='$(CURDIR)/.venv/example' $(RUN) hwfuse demo
 
 # No plugins of the outer Python: under `filterwarnings = error` their warnings stop the run.
+# Documents in one process: their code blocks go on where the last one ended.
 test: .venv/ready ## run all tests, in two processes
 	@rm -f $(EVIDENCE)
-	EVIDENCE_FILE='$(CURDIR)/$(EVIDENCE)' $(RUN) pytest --disable-plugin-autoload -p xdist -n 2
+	EVIDENCE_FILE='$(CURDIR)/$(EVIDENCE)' $(RUN) pytest --disable-plugin-autoload -p xdist -n 2 tests
+	$(RUN) pytest --disable-plugin-autoload README.md CONTRIBUTING.md docs
 
 aiter: .venv/aiter/done ## get AMD's wheel, which the tests in tests/amd then look into (40 MB)
 
