@@ -16,6 +16,7 @@ import torch
 from hwfuse import _cuda
 from hwfuse_cuda import _compile, _driver
 from hwfuse_triton import _record
+from hwfuse_triton._launch import has_pdl
 
 # The public torch.cuda.current_stream makes an object of it: 2.9 µs instead of 0.03.
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
@@ -120,12 +121,6 @@ class Kernel:
 def num_sms(device: int) -> int:
     """Return how many multiprocessors a device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def has_pdl(device: int) -> bool:
-    """Say whether kernels can start before the one they depend on has ended."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -160,7 +160,7 @@ def make(dtypes, device, run, function, packed, stream, current, hooks, before):
             ):
                 return False
             {fetch}
-        except Exception:
+        except Exception:  # no tensor, or one without memory: the ordinary launch names it
             return False
         if ({bits}) & 15 or not ({some}):
             return False
